@@ -1,0 +1,5 @@
+"""``python -m tpshard``."""
+
+from tpshard.cli.main import main
+
+main()

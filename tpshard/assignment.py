@@ -1,0 +1,95 @@
+"""Every tensor of a checkpoint meets its rule: name and shape in, layout and role out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tpshard.document import did_you_mean
+from tpshard.errors import PolicyError, UsageError, printable
+from tpshard.layout import Layout, Shape
+from tpshard.partition import legal_ranks
+from tpshard.policy import Policy, Rule, rule_cut, rule_layout
+from tpshard.roles import Role
+
+MAX_RANKS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What a policy makes of one tensor."""
+
+    layout: Layout
+    role: Role
+
+
+@dataclass(frozen=True, slots=True)
+class Assigned:
+    """What a policy makes of a checkpoint; ``unused`` are the keys of rules that met no tensor."""
+
+    tensors: Mapping[str, Assignment]
+    unused: tuple[Rule, ...]
+
+
+def assign(policy: Policy, config: Mapping[str, Any], shapes: Mapping[str, Shape], ranks: int) -> Assigned:
+    """The layout and role of every tensor at ``ranks`` ranks.
+
+    Raises PolicyError: tensors without a rule (all of them counted), two rules for one tensor, units that do not go
+    into the ranks (with the rank counts that work for the whole checkpoint).
+    """
+    if not 1 <= ranks <= MAX_RANKS:
+        raise UsageError(f"--tp must be from 1 to {MAX_RANKS}, is {ranks}")
+    rules = match_all(policy, shapes)
+    cached: dict[tuple[Rule | None, Shape], Assignment] = {}
+    found: dict[str, Assignment] = {}
+    for name, shape in shapes.items():
+        rule = rules[name]
+        if (rule, shape) not in cached:
+            cached[rule, shape] = _assignment(rule, policy, config, name, shapes, rules, ranks)
+        found[name] = cached[rule, shape]
+    met = {id(rule) for rule in rules.values()}
+    return Assigned(found, tuple(rule for rule in policy.rules if id(rule) not in met))
+
+
+def match_all(policy: Policy, shapes: Mapping[str, Shape]) -> dict[str, Rule | None]:
+    """Each tensor's rule; None where the policy's default is to replicate."""
+    rules = {name: policy.match(name) for name in shapes}
+    missed = [name for name, rule in rules.items() if rule is None]
+    if missed and policy.default is None:
+        shown = ", ".join(printable(name, 80) for name in missed[:5]) + (", …" if len(missed) > 5 else "")
+        keys = [rule.key for rule in policy.rules]
+        hint = did_you_mean(missed[0].rpartition(".")[0].rpartition(".")[2], keys) or "add rules, or default: replicate"
+        count = f"{len(missed)} tensor{'s' if len(missed) > 1 else ''}"
+        raise PolicyError(f"policy {policy.name} has no rule for {count}: {shown}", hint=hint)
+    return rules
+
+
+def _assignment(
+    rule: Rule | None,
+    policy: Policy,
+    config: Mapping[str, Any],
+    name: str,
+    shapes: Mapping[str, Shape],
+    rules: Mapping[str, Rule | None],
+    ranks: int,
+) -> Assignment:
+    shape = shapes[name]
+    if rule is None:
+        return Assignment(Layout.replicated(shape, ranks), Role("replicate", pattern="default"))
+    try:
+        return Assignment(rule_layout(rule, policy, config, shape, ranks), rule.role)
+    except PolicyError as error:
+        hint = _works(policy, config, shapes, rules) if "cannot be dealt" in error.message else error.hint
+        raise PolicyError(f"{printable(name)}: {error.message}", hint=hint) from None
+
+
+def _works(
+    policy: Policy, config: Mapping[str, Any], shapes: Mapping[str, Shape], rules: Mapping[str, Rule | None]
+) -> str:
+    """The rank counts at which the whole checkpoint can be cut, as a hint."""
+    distinct = {(rule, shapes[name]) for name, rule in rules.items() if rule is not None}
+    cuts = [found[1] for rule, shape in distinct if (found := rule_cut(rule, policy, config, shape))]
+    legal = legal_ranks(cuts)
+    shown = ", ".join(map(str, legal[:16])) + (", …" if len(legal) > 16 else "")
+    return f"--tp that works for this checkpoint: {shown}; or set uneven: true in the rule"

@@ -1,0 +1,37 @@
+"""``tpshard merge``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from tpshard.cli import options
+from tpshard.cli.carry_out import Manner, carry_out
+from tpshard.convert import Options, plan_merge
+
+
+@click.command()
+@click.argument("source", metavar="SRC", type=options.FOLDER)
+@click.argument("target", metavar="DST", type=options.FOLDER)
+@options.apply(options.max_shard_size, options.workers, options.dry_run, options.as_json, options.quiet)
+def merge(
+    source: Path,
+    target: Path,
+    max_shard_size: int | None,
+    workers: int | None,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Rebuild the full checkpoint from the shard folder SRC into the new folder DST.
+
+    Every tensor must have the digest that was recorded when it was cut. Without --max-shard-size the files are those
+    of the original checkpoint; with it, Hugging Face names and an index.
+
+    \b
+    tpshard merge llama-8b-tp4 llama-8b-again
+    tpshard merge llama-8b-tp4 llama-8b-again --max-shard-size 5GB
+    """
+    chosen = Options(max_shard_size=max_shard_size, workers=workers or 0)
+    carry_out("merge", plan_merge(source, target, chosen), chosen, Manner(quiet, as_json, dry_run=dry_run))

@@ -1,0 +1,74 @@
+"""Parameters that several commands share: text becomes objects here, at the edge."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from tpshard.digest import ALGORITHMS
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+
+
+class Count(click.ParamType):
+    """A whole number from 1, in plain decimal: 010, 2.0 and 1e3 are refused rather than guessed at."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        if not re.fullmatch(r"[1-9][0-9]{0,8}", value):
+            self.fail(f"'{value}' is not a whole number from 1, in plain decimal", param, ctx)
+        return int(value)
+
+
+class Size(click.ParamType):
+    """Bytes: 5GB (powers of ten), 5GiB (powers of two), or a plain number."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"([0-9]{1,15})(?:\.([0-9]{1,3}))?\s*([A-Za-z]*)", value)
+        if not match or match[3].upper() not in _UNITS:
+            self.fail(f"'{value}' is not a size such as 5GB, 500MB or 4GiB", param, ctx)
+        size = int(float(f"{match[1]}.{match[2] or 0}") * _UNITS[match[3].upper()])
+        if size < 1:
+            self.fail("must be at least one byte", param, ctx)
+        return size
+
+
+FOLDER = click.Path(path_type=Path)
+
+quiet = click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors.")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object (docs/cli.md has its shape).")
+tp = click.option("--tp", type=Count(), required=True, metavar="N", help="Number of tensor-parallel ranks.")
+max_shard_size = click.option(
+    "--max-shard-size", type=Size(), metavar="SIZE", help="Start a new file beyond this, e.g. 5GB, 4GiB."
+)
+workers = click.option("--workers", type=Count(), metavar="W", help="Writer threads; the result is the same for any.")
+digest = click.option(
+    "--digest", type=click.Choice(ALGORITHMS), default="xxh3-128", show_default=True, help="For tensors and files."
+)
+strict = click.option("--strict", is_flag=True, help="Make warnings errors, e.g. a rule that matches nothing.")
+dry_run = click.option("--dry-run", is_flag=True, help="Print the plan; write nothing.")
+
+
+def apply(*options: Callable[[Function], Function]) -> Callable[[Function], Function]:
+    """Several options as one decorator, in the order given."""
+
+    def decorate(function: Function) -> Function:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate

@@ -1,0 +1,42 @@
+"""``tpshard reshard``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from tpshard.cli import options
+from tpshard.cli.carry_out import Manner, carry_out
+from tpshard.convert import Options, plan_reshard
+
+
+@click.command()
+@click.argument("source", metavar="SRC", type=options.FOLDER)
+@click.argument("target", metavar="DST", type=options.FOLDER)
+@options.tp
+@click.option("--policy", metavar="P", help="auto, a name or a YAML file; default: the policy SRC was cut with.")
+@options.apply(options.max_shard_size, options.workers, options.strict, options.dry_run)
+@options.apply(options.as_json, options.quiet)
+def reshard(
+    source: Path,
+    target: Path,
+    tp: int,
+    policy: str | None,
+    max_shard_size: int | None,
+    workers: int | None,
+    strict: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Recut the shard folder SRC for N ranks, straight from shards to shards.
+
+    Every tensor passes its recorded digest on the way. The result is the same as splitting the full checkpoint.
+
+    \b
+    tpshard reshard llama-8b-tp8 llama-8b-tp4 --tp 4
+    """
+    chosen = Options(max_shard_size=max_shard_size, workers=workers or 0)
+    conversion = plan_reshard(source, target, tp, policy, chosen)
+    carry_out("reshard", conversion, chosen, Manner(quiet, as_json, strict, dry_run))

@@ -1,0 +1,45 @@
+"""``tpshard split``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from tpshard.cli import options
+from tpshard.cli.carry_out import Manner, carry_out
+from tpshard.convert import Options, plan_split
+
+
+@click.command()
+@click.argument("source", metavar="SRC", type=options.FOLDER)
+@click.argument("target", metavar="DST", type=options.FOLDER)
+@options.tp
+@click.option("--policy", default="auto", show_default=True, metavar="P", help="auto, a built-in name, or a YAML file.")
+@options.apply(options.max_shard_size, options.digest, options.workers, options.strict, options.dry_run)
+@options.apply(options.as_json, options.quiet)
+def split(
+    source: Path,
+    target: Path,
+    tp: int,
+    policy: str,
+    max_shard_size: int | None,
+    digest: str,
+    workers: int | None,
+    strict: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Cut the checkpoint folder SRC for N ranks and write them, with a manifest, to the new folder DST.
+
+    DST appears complete or not at all. Config, tokenizer and other small files are carried along.
+
+    \b
+    tpshard split llama-8b llama-8b-tp4 --tp 4
+    tpshard split llama-8b llama-8b-tp4 --tp 4 --dry-run
+    tpshard split my-model shards --tp 2 --policy my-policy.yaml --max-shard-size 2GB
+    """
+    chosen = Options(max_shard_size=max_shard_size, digest=digest, workers=workers or 0)
+    conversion = plan_split(source, target, tp, policy, chosen)
+    carry_out("split", conversion, chosen, Manner(quiet, as_json, strict, dry_run))

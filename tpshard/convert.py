@@ -1,0 +1,278 @@
+"""Split, merge and reshard: each is a wanted layout, a way to name files, and the same copy."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tpshard.assignment import assign
+from tpshard.checkpoint import Checkpoint, open_full, open_shards
+from tpshard.digest import hasher_factory
+from tpshard.errors import InputError, StorageError, UsageError
+from tpshard.execute import Written, execute
+from tpshard.folder import MANIFEST_NAME
+from tpshard.layout import Layout
+from tpshard.library import choose_policy, policy_as_data, policy_from_data
+from tpshard.manifest import CarriedRecord, Manifest, SourceFile, TensorRecord, layout_as_data, manifest_bytes
+from tpshard.plan import Item, Output, Plan, arrange
+from tpshard.policy import Policy
+from tpshard.quantised import refuse_quantised
+from tpshard.roles import Role
+from tpshard.staging import Staging, check_space, check_target
+
+DEFAULT_MAX_SHARD_SIZE = 5 * 10**9
+DEFAULT_DIGEST = "xxh3-128"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to write. ``max_shard_size`` in bytes (None: the default); ``progress`` is called with bytes read."""
+
+    max_shard_size: int | None = None
+    digest: str = DEFAULT_DIGEST
+    workers: int = 0
+    progress: Callable[[int], None] = lambda count: None
+
+    @property
+    def threads(self) -> int:
+        return self.workers or min(8, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """A planned conversion, ready to be shown or run. ``policy`` and ``roles`` are set where shards are written."""
+
+    plan: Plan
+    target: Path
+    policy: Policy | None
+    roles: Mapping[str, Role]
+    warnings: tuple[str, ...]
+
+    @property
+    def disk_needed(self) -> int:
+        """Bytes of all weight files without their headers, which are less than the margin that is asked for."""
+        return sum(self.plan.bytes_of(output) for output in self.plan.outputs)
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What a conversion wrote; seconds are wall time, fsync apart."""
+
+    written: Written
+    tensors: int
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    sync_seconds: float
+
+
+def plan_split(source: Path, target: Path, tp: int, policy: str = "auto", options: Options = Options()) -> Conversion:
+    """Plan to cut a full checkpoint for ``tp`` ranks; reads headers only. Raises any TpshardError."""
+    if (source / MANIFEST_NAME).exists():
+        raise UsageError(f"{source}: is a shard folder already", hint="tpshard reshard cuts it for other ranks")
+    checkpoint = open_full(source)
+    refuse_quantised(checkpoint)
+    return _to_shards(checkpoint, target, tp, choose_policy(policy, checkpoint.config), options)
+
+
+def plan_reshard(
+    source: Path, target: Path, tp: int, policy: str | None = None, options: Options = Options()
+) -> Conversion:
+    """Plan to recut a shard folder for ``tp`` ranks, by the policy it was cut with unless another is given."""
+    checkpoint = open_shards(source)
+    assert checkpoint.manifest is not None
+    if policy is None:
+        chosen = policy_from_data(checkpoint.manifest.policy_documents, str(source / MANIFEST_NAME))
+    else:
+        chosen = choose_policy(policy, checkpoint.config)
+    return _to_shards(checkpoint, target, tp, chosen, options)
+
+
+def plan_merge(source: Path, target: Path, options: Options = Options()) -> Conversion:
+    """Plan to rebuild the full checkpoint: in the files it came in, or in parts of ``options.max_shard_size``."""
+    checkpoint = open_shards(source)
+    assert checkpoint.manifest is not None
+    items = [Item(tensor, Layout.replicated(tensor.shape, 1)) for tensor in checkpoint.tensors.values()]
+    if options.max_shard_size is None:
+        groups, names, metadata = _as_it_was(checkpoint.manifest, items)
+    else:
+        groups = arrange(items, 1, options.max_shard_size)
+        names = _hf_names(len(groups))
+        metadata = [{"format": "pt"}] * len(groups)
+    outputs, first = [], 0
+    for part, (group, name, texts) in enumerate(zip(groups, names, metadata, strict=True)):
+        outputs.append(Output(name, 0, part, first, first + len(group), texts))
+        first += len(group)
+    plan = Plan(checkpoint, tuple(item for group in groups for item in group), tuple(outputs), 1)
+    return Conversion(plan, target, None, {}, checkpoint.warnings)
+
+
+def run(conversion: Conversion, options: Options = Options()) -> Done:
+    """Carry out a planned conversion. The target is complete afterwards, or as it was before."""
+    plan, target = conversion.plan, conversion.target
+    check_target(target, plan.source.folder)
+    check_space(target, conversion.disk_needed)
+    begin = time.monotonic()
+    algorithm = plan.source.manifest.algorithm if plan.source.manifest else options.digest
+    with Staging(target) as staging:
+        written = execute(plan, staging, algorithm, options.threads, options.progress)
+        carried = tuple(_carry(plan.source, name, staging, algorithm) for name in plan.source.carried)
+        copied = time.monotonic()
+        staging.sync()
+        if conversion.policy is None:
+            _write_index(plan, staging)
+        else:
+            staging.write(MANIFEST_NAME, manifest_bytes(_manifest(conversion, written, carried, algorithm)))
+        staging.commit()
+    end = time.monotonic()
+    return Done(
+        written=written,
+        tensors=len(plan.items),
+        bytes_read=sum(file.size for file in plan.source.files),
+        bytes_written=sum(record.size for record in written.files),
+        seconds=copied - begin,
+        sync_seconds=end - copied,
+    )
+
+
+# ---------------------------------------------------------------------------------------------- to shards
+
+
+def _to_shards(checkpoint: Checkpoint, target: Path, tp: int, policy: Policy, options: Options) -> Conversion:
+    assigned = assign(policy, checkpoint.config, checkpoint.shapes, tp)
+    wanted = assigned.tensors
+    items = [Item(tensor, wanted[name].layout) for name, tensor in checkpoint.tensors.items()]
+    groups = arrange(items, tp, options.max_shard_size or DEFAULT_MAX_SHARD_SIZE)
+    outputs = []
+    for rank in range(tp):
+        first = 0
+        for part, group in enumerate(groups):
+            name = shard_name(rank, tp, part, len(groups))
+            metadata = _self_description(group, rank, tp, part, len(groups))
+            outputs.append(Output(name, rank, part, first, first + len(group), metadata))
+            first += len(group)
+    plan = Plan(checkpoint, tuple(item for group in groups for item in group), tuple(outputs), tp)
+    unused = [f"{rule.mark}: rule '{rule.key}' matches no tensor" for rule in assigned.unused]
+    roles = {name: assignment.role for name, assignment in wanted.items()}
+    return Conversion(plan, target, policy, roles, (*checkpoint.warnings, *unused))
+
+
+def shard_name(rank: int, ranks: int, part: int, parts: int) -> str:
+    """A rank's file.
+
+    >>> shard_name(3, 8, 0, 1), shard_name(3, 8, 1, 2)
+    ('rank-00003-of-00008.safetensors', 'rank-00003-of-00008-part-00002-of-00002.safetensors')
+    """
+    suffix = f"-part-{part + 1:05d}-of-{parts:05d}" if parts > 1 else ""
+    return f"rank-{rank:05d}-of-{ranks:05d}{suffix}.safetensors"
+
+
+def _self_description(group: Sequence[Item], rank: int, ranks: int, part: int, parts: int) -> dict[str, str]:
+    """What a shard file says of itself: enough to place every tensor in the whole without the manifest."""
+    layouts: dict[Layout, int] = {}
+    tensors = {
+        item.stored.name: layouts.setdefault(item.want, len(layouts)) for item in group if item.want.shards[rank]
+    }
+    slices = [{"shape": data["shape"], **data["shards"][rank]["spans"]} for data in map(layout_as_data, layouts)]
+    return {
+        "format": "pt",
+        "tpshard.version": "1",
+        "tpshard.rank": str(rank),
+        "tpshard.ranks": str(ranks),
+        "tpshard.part": str(part),
+        "tpshard.parts": str(parts),
+        "tpshard.slices": json.dumps(slices, separators=(",", ":")),
+        "tpshard.tensors": json.dumps(tensors, separators=(",", ":"), ensure_ascii=False),
+    }
+
+
+def _manifest(
+    conversion: Conversion, written: Written, carried: tuple[CarriedRecord, ...], algorithm: str
+) -> Manifest:
+    plan, policy = conversion.plan, conversion.policy
+    assert policy is not None
+    part_of = {
+        index: output.part
+        for output in plan.outputs
+        if output.rank == 0
+        for index in range(output.first, output.last)
+    }
+    records = {
+        item.stored.name: TensorRecord(
+            item.stored.name,
+            item.stored.dtype,
+            item.want,
+            conversion.roles[item.stored.name],
+            part_of[index],
+            item.stored.source,
+            written.digests[index],
+            written.shards[index],
+        )
+        for index, item in enumerate(plan.items)
+    }
+    origin = plan.source.manifest
+    sources = origin.sources if origin else tuple(SourceFile(f.name, f.metadata) for f in plan.source.files)
+    return Manifest(
+        ranks=plan.ranks,
+        algorithm=algorithm,
+        policy=policy.name,
+        policy_documents=policy_as_data(policy),
+        sources=sources,
+        tensors=tuple(records[name] for name in plan.source.tensors),  # the source's own order, for merge
+        files=written.files,
+        carried=carried,
+    )
+
+
+# ---------------------------------------------------------------------------------------------- to full
+
+
+def _as_it_was(
+    manifest: Manifest, items: Sequence[Item]
+) -> tuple[list[tuple[Item, ...]], list[str], list[Mapping[str, str]]]:
+    """The original files: names, metadata, and each one's tensors in their order."""
+    groups: list[list[Item]] = [[] for _ in manifest.sources]
+    for item in items:
+        groups[item.stored.source].append(item)
+    kept = [(tuple(group), source) for group, source in zip(groups, manifest.sources, strict=True) if group]
+    return [group for group, _ in kept], [source.name for _, source in kept], [source.metadata for _, source in kept]
+
+
+def _hf_names(count: int) -> list[str]:
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def _write_index(plan: Plan, staging: Staging) -> None:
+    """Hugging Face's index, where there is more than one file."""
+    if len(plan.outputs) == 1:
+        return
+    weight_map = {
+        item.stored.name: output.name for output in plan.outputs for item in plan.items[output.first : output.last]
+    }
+    total = sum(plan.bytes_of(output) for output in plan.outputs)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    content = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
+    staging.write("model.safetensors.index.json", content.encode("utf-8"))
+
+
+def _carry(source: Checkpoint, name: str, staging: Staging, algorithm: str) -> CarriedRecord:
+    path = source.folder / name
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror}") from None
+    hasher = hasher_factory(algorithm)()
+    hasher.update(content)
+    record = CarriedRecord(name, len(content), hasher.hexdigest())
+    if source.manifest is not None:
+        known = {carried.name: carried for carried in source.manifest.carried}
+        if known[name] != record:
+            raise InputError(f"{path}: was changed since the shards were written", hint="tpshard verify tells more")
+    staging.write(name, content)
+    return record

@@ -1,0 +1,153 @@
+"""A checkpoint folder's files: which hold the weights, which are carried along.
+
+Names inside an index are checked as text (a bare file name), not by resolving them: the Hugging Face cache is made
+of links to ``../../blobs``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tpshard.errors import InputError, StorageError, printable
+from tpshard.header import parse_json_object
+
+MANIFEST_NAME = "tpshard.json"
+INDEX_SUFFIX = ".safetensors.index.json"
+MAX_CARRIED = 64 * 2**20  # tokenizers reach 35 MB; what is larger is weights of another kind
+MAX_JSON = 2**30  # bounds memory on a hostile file; the manifest of 94,000 tensors on 64 ranks has 0.3 GB
+_WEIGHT_SUFFIXES = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".keras", ".msgpack", ".onnx", ".gguf", ".tflite", ".npz",
+    ".ot", ".pdparams", ".index.json", ".incomplete", ".lock",
+)  # fmt: skip
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFiles:
+    """The weight files of a full checkpoint, and the index's map from tensor to file where there is one."""
+
+    names: tuple[str, ...]
+    index: Mapping[str, str] | None
+    warnings: tuple[str, ...] = ()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises InputError or StorageError."""
+    try:
+        if not path.is_file():
+            raise InputError(f"{path}: is not there" if not path.exists() else f"{path}: is not a regular file")
+        if path.stat().st_size > MAX_JSON:
+            raise InputError(f"{path}: has {path.stat().st_size} bytes, at most {MAX_JSON} are read")
+        raw = path.read_bytes()
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror}") from None
+    if raw.startswith(b"version https://git-lfs"):
+        raise InputError(f"{path}: is a Git LFS pointer", hint="run: git lfs pull")
+    return parse_json_object(raw, str(path))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json; empty where there is none."""
+    path = folder / "config.json"
+    return read_json(path) if path.exists() or path.is_symlink() else {}
+
+
+def find_weights(folder: Path) -> WeightFiles:
+    """Which files hold the weights. Raises InputError where there is none, or where it is not clear."""
+    present = sorted(_listing(folder))
+    indexes = [name for name in present if name.endswith(INDEX_SUFFIX)]
+    files = [name for name in present if name.endswith(".safetensors")]
+    if len(indexes) > 1:
+        raise InputError(f"{folder}: has {len(indexes)} indexes: {', '.join(indexes)}", hint="keep the one that is meant")
+    if indexes:
+        return _indexed(folder, indexes[0], files)
+    weights = [name for name in files if not name.startswith("adapter_model")]
+    if len(weights) == 1:
+        return WeightFiles((weights[0],), None)
+    if weights:
+        raise InputError(f"{folder}: has {len(weights)} safetensors files and no index", hint="model.safetensors.index.json is missing")
+    raise _nothing_found(folder, present)
+
+
+def _listing(folder: Path) -> list[str]:
+    try:
+        return [entry.name for entry in folder.iterdir()]
+    except FileNotFoundError:
+        raise InputError(f"{folder}: is not there") from None
+    except NotADirectoryError:
+        raise InputError(f"{folder}: is a file", hint="give the checkpoint's folder") from None
+    except OSError as error:
+        raise StorageError(f"{folder}: {error.strerror}") from None
+
+
+def _nothing_found(folder: Path, present: list[str]) -> InputError:
+    adapters = [name for name in present if name.startswith("adapter_")]
+    pickles = [name for name in present if name.endswith(_PICKLES)]
+    partial = [name for name in present if name.endswith((".incomplete", ".safetensors.gz"))]
+    if adapters:
+        return InputError(f"{folder}: holds an adapter ({adapters[0]}), not a model", hint="merge it into its base first")
+    if partial:
+        return InputError(f"{folder}: {partial[0]} is an unfinished download or compressed", hint="finish it first")
+    if pickles:
+        return InputError(
+            f"{folder}: holds PyTorch files ({pickles[0]}) and no safetensors; pickles are not read",
+            hint="save it again with safetensors",
+        )
+    return InputError(f"{folder}: holds no safetensors file")
+
+
+def _indexed(folder: Path, index_name: str, files: list[str]) -> WeightFiles:
+    path = folder / index_name
+    index = read_json(path)
+    table = index.get("weight_map")
+    if not isinstance(table, dict) or not table:
+        raise InputError(f"{path}: weight_map is missing or empty")
+    for tensor, file in table.items():
+        if not isinstance(file, str) or not is_bare_name(file):
+            raise InputError(f"{path}: {printable(tensor)}: '{printable(str(file))}' is not a file name")
+    single = index_name.removesuffix(".index.json")
+    if single in files and single not in table.values():
+        raise InputError(f"{folder}: has both {single} and {index_name}", hint="remove the one that is stale")
+    names = sorted(set(table.values()), key=natural_order)
+    folded = {name.casefold() for name in names}
+    if len(folded) != len(names):
+        raise InputError(f"{path}: names files that differ only in case")
+    for name in names:
+        if not (folder / name).exists():
+            raise InputError(f"{path}: names {name}, which is not there", hint="download it again")
+    metadata = index.get("metadata", {})
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if total is not None and (not isinstance(total, int | float) or total < 0):
+        raise InputError(f"{path}: total_size is {printable(repr(total), 40)}")
+    extra = [name for name in files if name not in table.values()]
+    warnings = [f"{index_name} does not name {', '.join(extra)}: left out"] if extra else []
+    return WeightFiles(tuple(names), table, tuple(warnings))
+
+
+def is_bare_name(name: str) -> bool:
+    """Whether a name from a file may be looked up in a folder: no path, no dots-only, no control characters."""
+    return bool(re.fullmatch(r"[^/\\\x00-\x1f\x7f]{1,255}", name)) and name not in (".", "..")
+
+
+def natural_order(name: str) -> list[tuple[int, int | str]]:
+    """Sort key under which rank 10 follows rank 9."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"([0-9]+)", name)]
+
+
+def carried_files(folder: Path) -> list[str]:
+    """Paths, relative to the folder, of everything that goes along with the weights: config, tokenizer and the like.
+
+    Weights in any format, their indexes, hidden files and very large files stay behind.
+    """
+    found = []
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        weight = path.name.endswith(_WEIGHT_SUFFIXES) or path.name == MANIFEST_NAME
+        if not hidden and not weight and path.is_file() and path.stat().st_size <= MAX_CARRIED:
+            found.append(relative.as_posix())
+    return found

@@ -1,0 +1,307 @@
+"""A policy: which axis of which layer is cut, in what units. From YAML to rules; from a rule to a layout.
+
+``column`` cuts a layer's out axis, ``row`` its in axis, ``replicate`` nothing; a tensor of the layer that lacks the
+axis stays whole. Everything else refines this: ``docs/policy.md`` has every key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from tpshard.document import Mark, Node
+from tpshard.errors import PolicyError
+from tpshard.expressions import evaluate
+from tpshard.layout import Layout, Shape
+from tpshard.partition import Block, Cut, cut_layout
+from tpshard.patterns import Pattern, PatternError, parse_patterns
+from tpshard.roles import Gather, Kind, Role
+
+KINDS: tuple[Kind, ...] = ("column", "row", "replicate")
+RULE_KEYS = ("rule", "dims", "heads", "unit", "parts", "gather", "uneven", "pad")
+POLICY_KEYS = ("name", "description", "for", "extends", "vars", "default", "rules")
+
+Expression = str | int
+Parts = int | tuple[Expression, ...] | tuple[tuple[Expression, Expression], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One entry of ``rules``, checked as far as it can be without a config and a tensor."""
+
+    key: str
+    patterns: tuple[Pattern, ...] = field(repr=False)
+    mark: Mark
+    kind: Kind
+    dims: str = ""
+    heads: Expression | None = None
+    unit: Expression | None = None
+    parts: Parts | None = None
+    gather: Gather = ""
+    uneven: bool = False
+    pad: Expression | None = None
+
+    def matches(self, layer: str, tensor: str) -> bool:
+        return any(pattern.matches(layer) or pattern.matches(tensor) for pattern in self.patterns)
+
+    @property
+    def role(self) -> Role:
+        return Role(self.kind, self.gather, self.key)
+
+    def axis(self, shape: Shape) -> int | None:
+        """The axis that the rule cuts, or None where the tensor lacks it (it then stays whole)."""
+        if self.kind == "replicate" or not shape:
+            return None
+        letter = "o" if self.kind == "column" else "i"
+        letters = self._letters(len(shape))
+        return letters.index(letter) if letter in letters else None
+
+    def _letters(self, dimensions: int) -> str:
+        """One letter for each axis. A tensor of fewer axes than ``dims`` (a bias) keeps the letters that it has:
+        it lacks the in axis and the others."""
+        if len(self.dims) == dimensions:
+            return self.dims
+        kept = self.dims.replace("i", "").replace(".", "")
+        if self.dims and len(kept) == dimensions:
+            return kept
+        return "o" if dimensions == 1 else "oi" + "." * (dimensions - 2)
+
+    def fail(self, what: str, *, hint: str | None = None) -> PolicyError:
+        return PolicyError(f"{self.mark}: {self.key}: {what}", hint=hint)
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Rules of one document and, after them, of the documents it extends; the first level that matches decides."""
+
+    name: str
+    mark: Mark
+    levels: tuple[tuple[Rule, ...], ...]
+    variables: Mapping[str, Expression]
+    applies_to: Mapping[str, tuple[object, ...]]
+    default: Kind | None = None
+    extends: str | None = None
+    description: str = ""
+    documents: tuple[object, ...] = field(default=(), repr=False)
+
+    def match(self, tensor: str) -> Rule | None:
+        """The rule for a tensor. Raises PolicyError where two rules of one document match it."""
+        layer = tensor.rpartition(".")[0]
+        for level in self.levels:
+            found = [rule for rule in level if rule.matches(layer, tensor)]
+            if len(found) > 1:
+                places = " and ".join(f"'{rule.key}' at {rule.mark}" for rule in found[:2])
+                raise PolicyError(f"{tensor}: {len(found)} rules match: {places}", hint="make one more specific")
+            if found:
+                return found[0]
+        return None
+
+    def applies(self, config: Mapping[str, Any]) -> bool:
+        """Whether ``for`` describes this config; a policy without ``for`` is never picked by itself."""
+        return bool(self.applies_to) and all(
+            any(_same(_look_up(config, key), value) for value in values) for key, values in self.applies_to.items()
+        )
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        return tuple(rule for level in self.levels for rule in level)
+
+
+def rule_cut(rule: Rule, policy: Policy, config: Mapping[str, Any], shape: Shape) -> tuple[int, Cut] | None:
+    """The axis and how it is dealt; None where the rule leaves the tensor whole."""
+    axis = rule.axis(shape)
+    if axis is None:
+        return None
+    compute = _calculator(rule, policy, config)
+    pad = compute("pad", rule.pad) if rule.pad is not None else 0
+    blocks = _blocks(rule, shape[axis], compute)
+    return axis, Cut(blocks, replicable=rule.kind == "column", uneven=rule.uneven, pad=pad)
+
+
+def rule_layout(rule: Rule, policy: Policy, config: Mapping[str, Any], shape: Shape, ranks: int) -> Layout:
+    """The layout that a rule gives a tensor. Raises PolicyError where it cannot be dealt."""
+    found = rule_cut(rule, policy, config, shape)
+    if found is None:
+        return Layout.replicated(shape, ranks)
+    axis, cut = found
+    try:
+        return cut_layout(shape, axis, cut, ranks)
+    except PolicyError as error:
+        raise rule.fail(error.message, hint=error.hint) from None
+
+
+Calculator = Callable[[str, Expression], int]
+
+
+def _calculator(rule: Rule, policy: Policy, config: Mapping[str, Any]) -> Calculator:
+    def compute(key: str, expression: Expression) -> int:
+        try:
+            value = evaluate(str(expression), config, policy.variables)
+        except PolicyError as error:
+            hint = error.hint or (None if config else "there is no config.json to take it from")
+            raise rule.fail(f"{key}: {error.message}", hint=hint) from None
+        if value < 1:
+            raise rule.fail(f"{key}: {expression} is {value}, must be at least 1")
+        return value
+
+    return compute
+
+
+def _blocks(rule: Rule, size: int, compute: Calculator) -> tuple[Block, ...]:
+    if rule.heads is not None:
+        heads = compute("heads", rule.heads)
+        if size % heads:
+            raise rule.fail(f"{heads} heads do not divide an axis of {size}")
+        return (Block(heads, size // heads),)
+    if rule.unit is not None:
+        unit = compute("unit", rule.unit)
+        if size % unit:
+            raise rule.fail(f"units of {unit} do not divide an axis of {size}")
+        return (Block(size // unit, unit),)
+    if rule.parts is None:
+        return (Block(size, 1, named=False),)
+    if isinstance(rule.parts, int):
+        if size % rule.parts:
+            raise rule.fail(f"{rule.parts} parts do not divide an axis of {size}")
+        return (Block(size // rule.parts, 1),) * rule.parts
+    if isinstance(rule.parts[0], tuple):
+        pairs = [part for part in rule.parts if isinstance(part, tuple)]
+        blocks = tuple(Block(compute("parts", count), compute("parts", width)) for count, width in pairs)
+        if sum(block.count * block.width for block in blocks) != size:
+            shown = " + ".join(f"{block.count}x{block.width}" for block in blocks)
+            raise rule.fail(f"parts {shown} do not add up to an axis of {size}")
+        return blocks
+    counts = [compute("parts", count) for count in rule.parts if not isinstance(count, tuple)]
+    if size % sum(counts):
+        raise rule.fail(f"parts of {'+'.join(map(str, counts))} heads do not divide an axis of {size}")
+    return tuple(Block(count, size // sum(counts)) for count in counts)
+
+
+def _look_up(config: Mapping[str, Any], key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def _same(value: object, wanted: object) -> bool:
+    return type(value) is type(wanted) and value == wanted
+
+
+# ---------------------------------------------------------------------------------------------- from YAML
+
+
+def parse_policy(document: Node) -> Policy:
+    """One YAML document as a policy of one level; ``extends`` is only noted. Raises PolicyError with the place."""
+    table = document.known_keys(POLICY_KEYS)
+    if "name" not in table:
+        document.fail("a policy needs a name", hint="name: my-model")
+    if "rules" not in table and "extends" not in table:
+        document.fail("a policy needs rules, or extends another")
+    rules = table["rules"].mapping() if "rules" in table else {}
+    return Policy(
+        name=table["name"].text(),
+        mark=document.mark,
+        levels=(tuple(_parse_rule(key, node) for key, node in rules.items()),),
+        variables={key: _expression(node) for key, node in _optional(table, "vars").items()},
+        applies_to={key: _values(node) for key, node in _optional(table, "for").items()},
+        default=_parse_default(table),
+        extends=table["extends"].text() if "extends" in table else None,
+        description=table["description"].text() if "description" in table else "",
+        documents=(document.plain(),),
+    )
+
+
+def _optional(table: Mapping[str, Node], key: str) -> Mapping[str, Node]:
+    return table[key].mapping() if key in table else {}
+
+
+def _parse_default(table: Mapping[str, Node]) -> Kind | None:
+    if "default" not in table:
+        return None
+    return "replicate" if table["default"].one_of(("replicate", "error")) == "replicate" else None
+
+
+def _values(node: Node) -> tuple[object, ...]:
+    items = node.value if isinstance(node.value, tuple) else (node,)
+    for item in items:
+        if isinstance(item.value, tuple | Mapping):
+            item.fail(f"must be a value to compare config.json with, is {item.kind}")
+    return tuple(item.value for item in items)
+
+
+def _expression(node: Node) -> Expression:
+    if isinstance(node.value, bool) or not isinstance(node.value, str | int) or node.value == "":
+        node.fail(f"must be a number or an expression over config keys, is {node.kind}")
+    return node.value
+
+
+def _parse_rule(key: str, node: Node) -> Rule:
+    try:
+        patterns = parse_patterns(key)
+    except PatternError as error:
+        node.fail(f"the key {error}")
+    if not isinstance(node.value, Mapping):
+        return Rule(key, patterns, node.mark, cast(Kind, node.one_of(KINDS)))
+    table = node.known_keys(RULE_KEYS)
+    if "rule" not in table:
+        node.fail(f"needs a rule: {', '.join(KINDS)}")
+    rule = Rule(
+        key,
+        patterns,
+        node.mark,
+        kind=cast(Kind, table["rule"].one_of(KINDS)),
+        dims=_parse_dims(table["dims"]) if "dims" in table else "",
+        heads=_expression(table["heads"]) if "heads" in table else None,
+        unit=_expression(table["unit"]) if "unit" in table else None,
+        parts=_parse_parts(table["parts"]) if "parts" in table else None,
+        gather=_parse_gather(table["gather"]) if "gather" in table else "",
+        uneven=table["uneven"].flag() if "uneven" in table else False,
+        pad=_expression(table["pad"]) if "pad" in table else None,
+    )
+    _refuse_combinations(rule, node)
+    return rule
+
+
+def _refuse_combinations(rule: Rule, node: Node) -> None:
+    chosen = [key for key in ("heads", "unit", "parts", "pad") if getattr(rule, key) is not None]
+    if len(chosen) > 1:
+        node.fail(f"{' and '.join(chosen)} exclude one another", hint="keep one")
+    if rule.gather == "output" and rule.kind != "column":
+        node.fail(f"gather: true needs rule: column, is {rule.kind}", hint="a row layer ends in a sum by itself")
+    if rule.kind == "replicate" and not rule.gather and (chosen or rule.uneven):
+        node.fail(f"{', '.join(chosen or ['uneven'])} without effect: a replicated layer is not cut")
+    if rule.pad is not None and rule.uneven:
+        node.fail("pad and uneven exclude one another", hint="pad makes the ranks equal")
+
+
+def _parse_dims(node: Node) -> str:
+    text = node.text()
+    if not text or set(text) - set("oie.") or any(text.count(letter) > 1 for letter in "oie"):
+        node.fail(f"'{text}' must have one letter for each axis: o out, i in, e expert, . other", hint="e.g. io")
+    return text
+
+
+def _parse_gather(node: Node) -> Gather:
+    if node.value == "input":
+        return "input"
+    if isinstance(node.value, bool):
+        return "output" if node.value else ""
+    return node.fail(f"must be true, false or input, is {node.kind}")
+
+
+def _parse_parts(node: Node) -> Parts:
+    if isinstance(node.value, int) and not isinstance(node.value, bool):
+        return node.value if node.value >= 1 else node.fail(f"must be at least 1, is {node.value}")
+    if not isinstance(node.value, tuple) or not node.value:
+        node.fail(f"must be a number, a list of heads or a list of [count, width], is {node.kind}", hint="[H, K, K]")
+    items = node.value
+    if all(isinstance(item.value, tuple) for item in items):
+        pairs = [cast(tuple[Node, ...], item.value) for item in items]
+        if any(len(pair) != 2 for pair in pairs):
+            node.fail("each part must be [count, width]")
+        return tuple((_expression(count), _expression(width)) for count, width in pairs)
+    if any(isinstance(item.value, tuple) for item in items):
+        node.fail("mixes heads and [count, width]")
+    return tuple(_expression(item) for item in items)
