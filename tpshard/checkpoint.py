@@ -16,7 +16,7 @@ from tpshard.errors import InputError, StorageError, printable
 from tpshard.folder import MANIFEST_NAME, carried_files, find_weights, read_config
 from tpshard.header import Header, read_header
 from tpshard.layout import Layout, Shape
-from tpshard.manifest import Manifest, TensorRecord, read_manifest
+from tpshard.manifest import FileRecord, Manifest, TensorRecord, read_manifest
 from tpshard.roles import Role
 
 
@@ -125,31 +125,87 @@ def open_full(folder: Path) -> Checkpoint:
 
 def open_shards(folder: Path) -> Checkpoint:
     """A folder that tpshard wrote. Its files must hold exactly what the manifest says."""
-    manifest = read_manifest(folder)
-    files: list[WeightFile] = []
-    headers: list[Header] = []
-    where: dict[tuple[int, int], int] = {}
-    for record in manifest.files:
-        header = read_header(folder / record.name)
+    opening = Opening(folder, read_manifest(folder))
+    for record in opening.manifest.files:
+        opening.add_file(record)
+    for tensor in opening.manifest.tensors:
+        for rank in range(opening.manifest.ranks):
+            opening.add_tensor(tensor, rank)
+    for index in range(len(opening.files)):
+        opening.nothing_extra(index)
+    return opening.checkpoint()
+
+
+class Opening:
+    """A shard folder being opened step by step; each step raises InputError for what it finds.
+
+    Opening for use stops at the first error; verify goes on and collects them.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder, self.manifest = folder, manifest
+        self.files: list[WeightFile] = []
+        self._headers: list[Header] = []
+        self._where: dict[tuple[int, int], int] = {}
+        self._places: dict[str, list[Place | None]] = {}
+        self._claimed: list[set[str]] = []
+        if not manifest.tensors:
+            raise InputError(f"{folder}: the manifest lists no tensors: there is nothing to read")
+
+    def add_file(self, record: FileRecord) -> None:
+        path = self.folder / record.name
+        header = read_header(path)
         if header.file_size != record.size:
-            raise InputError(f"{folder / record.name}: has {header.file_size} bytes, the manifest says {record.size}")
-        where[record.rank, record.part] = len(files)
-        files.append(_weight_file(folder, record.name, header))
-        headers.append(header)
-        _check_self_description(header, record.rank, manifest.ranks, folder / record.name)
-    tensors = {record.name: _stored(record, headers, where, files) for record in manifest.tensors}
-    if not tensors:
-        raise InputError(f"{folder}: the manifest lists no tensors")
-    _nothing_extra(headers, files, tensors)
-    return Checkpoint(
-        folder=folder,
-        ranks=manifest.ranks,
-        files=tuple(files),
-        tensors=tensors,
-        config=read_config(folder),
-        carried=tuple(record.name for record in manifest.carried),
-        manifest=manifest,
-    )
+            raise InputError(f"{path}: has {header.file_size} bytes, the manifest says {record.size}")
+        said = (header.metadata.get("tpshard.rank"), header.metadata.get("tpshard.ranks"))
+        if said != (str(record.rank), str(self.manifest.ranks)):
+            raise InputError(
+                f"{path}: says that it is rank {said[0]} of {said[1]}, the manifest lists it as rank {record.rank} "
+                f"of {self.manifest.ranks}",
+                hint="were files of two runs mixed, or renamed?",
+            )
+        self._where[record.rank, record.part] = len(self.files)
+        self.files.append(_weight_file(self.folder, record.name, header))
+        self._headers.append(header)
+        self._claimed.append(set())
+
+    def add_tensor(self, record: TensorRecord, rank: int) -> None:
+        """Find one rank's own tensor; its file must have been added."""
+        index, shard = self._where[rank, record.part], record.layout.shards[rank]
+        places = self._places.setdefault(record.name, [])
+        if shard is None:
+            places.append(None)
+            return
+        entry = self._headers[index].entries.get(record.name)
+        path = self.files[index].path
+        if entry is None:
+            raise InputError(f"{path}: tensor {printable(record.name)} is missing (rank {rank})")
+        self._claimed[index].add(record.name)
+        if entry.dtype != record.dtype or entry.shape != shard.shape:
+            raise InputError(
+                f"{path}: {printable(record.name)}: {entry.dtype} {list(entry.shape)} in the file, "
+                f"{record.dtype} {list(shard.shape)} in the manifest (rank {rank})"
+            )
+        places.append(Place(index, entry.offset))
+
+    def nothing_extra(self, index: int) -> None:
+        """Raises InputError where a file holds a tensor that the manifest does not place there."""
+        extra = [name for name in self._headers[index].entries if name not in self._claimed[index]]
+        if extra:
+            path = self.files[index].path
+            raise InputError(f"{path}: holds tensor {printable(extra[0])}, which the manifest does not place there")
+
+    def checkpoint(self) -> Checkpoint:
+        records = self.manifest.tensors
+        return Checkpoint(
+            folder=self.folder,
+            ranks=self.manifest.ranks,
+            files=tuple(self.files),
+            tensors={r.name: Stored(r.name, r.dtype, r.layout, tuple(self._places[r.name]), r.source, r) for r in records},
+            config=read_config(self.folder),
+            carried=tuple(record.name for record in self.manifest.carried),
+            manifest=self.manifest,
+        )
 
 
 def _weight_file(folder: Path, name: str, header: Header) -> WeightFile:
@@ -163,48 +219,3 @@ def _identity(path: Path) -> tuple[int, int, int]:
     except OSError as error:
         raise StorageError(f"{path}: {error.strerror}") from None
     return info.st_size, info.st_mtime_ns, info.st_ino
-
-
-def _check_self_description(header: Header, rank: int, ranks: int, path: Path) -> None:
-    said = (header.metadata.get("tpshard.rank"), header.metadata.get("tpshard.ranks"))
-    if said != (str(rank), str(ranks)):
-        raise InputError(
-            f"{path}: says that it is rank {said[0]} of {said[1]}, the manifest lists it as rank {rank} of {ranks}",
-            hint="were files of two runs mixed, or renamed?",
-        )
-
-
-def _stored(
-    record: TensorRecord, headers: list[Header], where: Mapping[tuple[int, int], int], files: list[WeightFile]
-) -> Stored:
-    places: list[Place | None] = []
-    for rank, shard in enumerate(record.layout.shards):
-        index = where[rank, record.part]
-        entry = headers[index].entries.get(record.name)
-        path = files[index].path
-        if shard is None:
-            if entry is not None:
-                raise InputError(f"{path}: holds {printable(record.name)}, the manifest gives rank {rank} none")
-            places.append(None)
-            continue
-        if entry is None:
-            raise InputError(f"{path}: tensor {printable(record.name)} is missing (rank {rank})")
-        if entry.dtype != record.dtype or entry.shape != shard.shape:
-            raise InputError(
-                f"{path}: {printable(record.name)}: {entry.dtype} {list(entry.shape)} in the file, "
-                f"{record.dtype} {list(shard.shape)} in the manifest (rank {rank})"
-            )
-        places.append(Place(index, entry.offset))
-    return Stored(record.name, record.dtype, record.layout, tuple(places), record.source, record)
-
-
-def _nothing_extra(headers: list[Header], files: list[WeightFile], tensors: Mapping[str, Stored]) -> None:
-    held = [0] * len(files)
-    for tensor in tensors.values():
-        for place in tensor.places:
-            if place is not None:
-                held[place.file] += 1
-    for header, file, count in zip(headers, files, held, strict=True):
-        if len(header.entries) != count:
-            extra = next(name for name in header.entries if name not in tensors) if count < len(header.entries) else "?"
-            raise InputError(f"{file.path}: holds tensor {printable(extra)}, which the manifest does not list there")

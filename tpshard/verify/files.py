@@ -1,0 +1,109 @@
+"""Check 1, files: the folder against its manifest, every file, header and digest, and nothing extra."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tpshard.checkpoint import Checkpoint, Opening
+from tpshard.digest import hasher_factory
+from tpshard.errors import InputError, StorageError
+from tpshard.folder import MANIFEST_NAME
+from tpshard.manifest import read_manifest
+from tpshard.verify.report import CheckResult, Finding
+
+CHUNK = 2**20
+
+
+def check_files(folder: Path, workers: int, progress: Callable[[int], object]) -> tuple[CheckResult, Checkpoint | None]:
+    """The check's result, and the opened checkpoint where its headers are as they should be.
+
+    Raises InputError where the folder has no manifest at all.
+    """
+    if not (folder / MANIFEST_NAME).exists():
+        raise InputError(
+            f"{folder}: has no {MANIFEST_NAME}", hint="verify takes the folder that split or reshard wrote"
+        )
+    try:
+        opening = Opening(folder, read_manifest(folder))
+    except InputError as error:
+        return CheckResult("files", (Finding(str(error), file=MANIFEST_NAME),)), None
+    findings = [*_header_findings(opening), *_extra_findings(opening)]
+    checkpoint = None if findings else opening.checkpoint()
+    findings += _digest_findings(opening, workers, progress)
+    manifest = opening.manifest
+    covered = {
+        "files": len(manifest.files) + len(manifest.carried),
+        "tensors": len(manifest.tensors),
+        "ranks": manifest.ranks,
+    }
+    return CheckResult("files", tuple(findings), covered), checkpoint
+
+
+def _header_findings(opening: Opening) -> Iterator[Finding]:
+    """Every file, then, where all could be read, every tensor of every rank."""
+    sound = True
+    for record in opening.manifest.files:
+        try:
+            opening.add_file(record)
+        except InputError as error:
+            sound = False
+            yield Finding(error.message, file=record.name, rank=record.rank)
+    if not sound:
+        return
+    for tensor in opening.manifest.tensors:
+        for rank in range(opening.manifest.ranks):
+            try:
+                opening.add_tensor(tensor, rank)
+            except InputError as error:
+                yield Finding(error.message, tensor=tensor.name, rank=rank)
+    for index, record in enumerate(opening.manifest.files):
+        try:
+            opening.nothing_extra(index)
+        except InputError as error:
+            yield Finding(error.message, file=record.name, rank=record.rank)
+
+
+def _extra_findings(opening: Opening) -> Iterator[Finding]:
+    manifest = opening.manifest
+    listed = {record.name for record in manifest.files} | {record.name for record in manifest.carried}
+    for path in sorted(opening.folder.rglob("*")):
+        name = path.relative_to(opening.folder).as_posix()
+        if not path.is_dir() and name not in listed and name != MANIFEST_NAME:
+            yield Finding("is not in the manifest", file=name)
+
+
+def _digest_findings(opening: Opening, workers: int, progress: Callable[[int], object]) -> list[Finding]:
+    """Files are read whole, several at a time; one that is missing was found before if it holds weights."""
+    new_hasher = hasher_factory(opening.manifest.algorithm)
+
+    def digest(path: Path) -> str | None:
+        hasher, buffer = new_hasher(), memoryview(bytearray(CHUNK))
+        try:
+            with path.open("rb", buffering=0) as file:
+                while count := file.readinto(buffer):
+                    hasher.update(buffer[:count])
+                    progress(count)
+        except (FileNotFoundError, IsADirectoryError):
+            return None
+        except OSError as error:
+            raise StorageError(f"{path}: {error.strerror}") from None
+        return hasher.hexdigest()
+
+    weights = {record.name: record.digest for record in opening.manifest.files}
+    expected = [*weights.items(), *((record.name, record.digest) for record in opening.manifest.carried)]
+    with ThreadPoolExecutor(workers) as pool:
+        found = list(pool.map(digest, [opening.folder / name for name, _ in expected]))
+    findings = []
+    for (name, want), have in zip(expected, found, strict=True):
+        if have is None and name not in weights:
+            findings.append(Finding("is missing", file=name))
+        elif have is not None and have != want:
+            findings.append(Finding(f"digest is {have}, the manifest says {want}", file=name))
+    return findings
+
+
+def default_workers() -> int:
+    return min(8, os.cpu_count() or 1)

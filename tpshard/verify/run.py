@@ -1,0 +1,71 @@
+"""The checks in order, cheapest first, and what their results amount to."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tpshard.checkpoint import Checkpoint, open_full
+from tpshard.errors import InconclusiveError
+from tpshard.verify.files import check_files, default_workers
+from tpshard.verify.layout import check_layout
+from tpshard.verify.report import CheckResult, Report
+from tpshard.verify.source import Bytes
+from tpshard.verify.weights import check_weights
+
+Level = Literal["files", "weights", "layout", "forward"]
+LEVELS: tuple[Level, ...] = ("files", "weights", "layout", "forward")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to verify. ``level`` is the deepest check wanted; None: everything that can be run. ``factory`` is
+    ``package.module:function`` for a model that transformers does not know."""
+
+    folder: Path
+    against: Path | None = None
+    level: Level | None = None
+    factory: str | None = None
+    workers: int = 0
+    progress: Callable[[int], object] = lambda count: None
+
+    def wants(self, level: Level) -> bool:
+        return LEVELS.index(level) <= LEVELS.index(self.level or "forward")
+
+
+def verify(request: Request) -> Report:
+    """Run the checks. Raises InputError where there is nothing to check, StorageError where it cannot be read."""
+    workers = request.workers or default_workers()
+    source = open_full(request.against) if request.against else None
+    files, shards = check_files(request.folder, workers, request.progress)
+    checks = [files]
+    if shards is None:
+        missing = [level for level in LEVELS[1:] if request.wants(level)]
+        return Report(
+            (files, *(CheckResult(level, unproven="the files are not as they should be") for level in missing))
+        )
+    if request.wants("weights"):
+        checks.append(check_weights(shards, source, workers, request.progress))
+    if request.wants("layout"):
+        checks.append(check_layout(shards))
+    if request.wants("forward"):
+        checks += _model_checks(shards, source, request.factory)
+    return Report(tuple(checks))
+
+
+def _model_checks(shards: Checkpoint, source: Checkpoint | None, factory: str | None) -> list[CheckResult]:
+    """The forward check; where it cannot run, the layer check beside the reason, which proves less."""
+    if importlib.util.find_spec("torch") is None:
+        what = "torch is not installed (pip install 'tpshard[hf]')"
+        return [CheckResult("forward", unproven=what)]
+    from tpshard.verify.forward import check_forward
+    from tpshard.verify.layers import check_layers
+
+    weights = Bytes(shards, source)
+    try:
+        return [check_forward(weights, factory=factory)]
+    except InconclusiveError as error:
+        return [CheckResult("forward", unproven=str(error)), check_layers(weights)]

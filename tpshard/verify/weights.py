@@ -1,0 +1,186 @@
+"""Check 2, weights: every byte of every rank against the whole, replicas and padding included.
+
+The whole is the source checkpoint where it is given; else it is rebuilt from the shards and must have the digest
+that the manifest recorded of the source. Comparison is of bytes, so NaN, -0.0 and FP8 need no thought.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from tpshard.blocks import Bytes, extract, fill
+from tpshard.checkpoint import Checkpoint, Stored
+from tpshard.digest import Hasher, hasher_factory
+from tpshard.errors import InputError, printable
+from tpshard.execute import SLAB, SourceFiles
+from tpshard.header import DTYPE_BITS
+from tpshard.layout import Box, Layout, Shard, slabs
+from tpshard.plan import Transfer, plan
+from tpshard.verify.report import CheckResult, Finding
+
+
+def check_weights(
+    shards: Checkpoint, source: Checkpoint | None, workers: int, progress: Callable[[int], object]
+) -> CheckResult:
+    """Compare all shards with the whole; at most one finding for each tensor and rank."""
+    names = list(shards.tensors)
+    findings = _name_findings(shards, source) if source else []
+    common = [name for name in names if source is None or _comparable(shards, source, name)]
+
+    def compare(name: str) -> list[Finding]:
+        with SourceFiles(shards) as own, SourceFiles(source or shards) as other:
+            whole = source.tensors[name] if source else shards.tensors[name]
+            found = _Comparison(shards, shards.tensors[name], whole, own, other).run(source is not None)
+        progress(sum(shard.volume for shard in shards.tensors[name].layout.shards if shard))
+        return found
+
+    with ThreadPoolExecutor(workers) as pool:
+        findings += itertools.chain.from_iterable(pool.map(compare, common))
+    shards.check_unchanged()
+    if source:
+        source.check_unchanged()
+    covered = {"tensors": len(common), "ranks": shards.ranks, "bytes": sum(file.size for file in shards.files)}
+    what = "the source's bytes" if source else "the digests recorded of the source"
+    return CheckResult("weights", tuple(findings), covered, notes=(f"compared with {what}",))
+
+
+def _name_findings(shards: Checkpoint, source: Checkpoint) -> list[Finding]:
+    findings = [
+        Finding("is in the source, but in no shard", tensor=name)
+        for name in source.tensors
+        if name not in shards.tensors
+    ]
+    for name, tensor in shards.tensors.items():
+        if name not in source.tensors:
+            findings.append(Finding("is not in the source", tensor=name))
+            continue
+        other = source.tensors[name]
+        if tensor.dtype != other.dtype:
+            findings.append(Finding(f"dtype {other.dtype} became {tensor.dtype}", tensor=name))
+        elif tensor.shape != other.shape:
+            findings.append(Finding(f"shape {list(other.shape)} became {list(tensor.shape)}", tensor=name))
+    return findings + _carried_findings(shards, source)
+
+
+def _carried_findings(shards: Checkpoint, source: Checkpoint) -> list[Finding]:
+    """config.json decides what the weights mean: it has to be the source's."""
+    findings = []
+    for name in shards.carried:
+        theirs, ours = source.folder / name, shards.folder / name
+        if theirs.is_file() and ours.is_file() and theirs.read_bytes() != ours.read_bytes():
+            findings.append(Finding("is not the source's", file=name))
+    return findings
+
+
+def _comparable(shards: Checkpoint, source: Checkpoint, name: str) -> bool:
+    other = source.tensors.get(name)
+    tensor = shards.tensors[name]
+    return other is not None and (other.dtype, other.shape) == (tensor.dtype, tensor.shape)
+
+
+class _Comparison:
+    """One tensor: the whole read slab by slab, and every rank's own bytes beside it."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, tensor: Stored, whole: Stored, own: SourceFiles, other: SourceFiles
+    ) -> None:
+        assert checkpoint.manifest is not None
+        self.tensor, self.whole, self.own, self.other = tensor, whole, own, other
+        self.bits = DTYPE_BITS[tensor.dtype]
+        self.new_hasher = hasher_factory(checkpoint.manifest.algorithm)
+        self.cursor = [0] * checkpoint.ranks
+        self.hashers: list[Hasher] = [self.new_hasher() for _ in range(checkpoint.ranks)]
+        self.findings: dict[int, Finding] = {}
+
+    def run(self, against_source: bool) -> list[Finding]:
+        try:
+            transfer = plan(self.whole.layout, self.tensor.layout, self.bits)
+        except InputError as error:
+            return [Finding(error.message, tensor=self.tensor.name)]
+        general = _row_overlap(self.tensor)
+        hasher = self.new_hasher()
+        for slab in slabs(transfer.shape, SLAB):
+            data = np.empty(slab.shape, np.uint8)
+            fill(slab, transfer.reads, lambda rank, at, into: self.other.read(self.whole, rank, at, into), data)
+            hasher.update(data.reshape(-1).data)
+            for rank, shard in enumerate(transfer.writes):
+                if shard is not None:
+                    self._compare(rank, shard, slab, data)
+        for rank, shard in enumerate(transfer.writes):
+            if shard is not None:
+                self._finish(rank, shard, transfer)
+        return [*general, *self._digest_findings(hasher.hexdigest(), against_source), *self.findings.values()]
+
+    def _digest_findings(self, digest: str, against_source: bool) -> list[Finding]:
+        record = self.tensor.record
+        assert record is not None
+        if digest == record.digest or (self.findings and not against_source):
+            return []
+        if against_source:
+            return [Finding("the source's bytes are not those that were cut: its digest differs", tensor=record.name)]
+        return [Finding(f"rebuilt, its digest is {digest}; the source's was {record.digest}", tensor=record.name)]
+
+    def _compare(self, rank: int, shard: Shard, slab: Box, data: Bytes) -> None:
+        found = extract(shard, slab, data)
+        if found is None:
+            return
+        offset, expected = found
+        self._expect_zeros(rank, shard, offset)
+        actual = self._read(rank, offset, len(expected))
+        if rank not in self.findings and not np.array_equal(actual, np.frombuffer(expected, np.uint8)):
+            at = int(np.flatnonzero(actual != np.frombuffer(expected, np.uint8))[0])
+            width = max(1, self.bits // 8)
+            begin = at // width * width
+            have, want = (bytes(part[begin : begin + width])[::-1].hex() for part in (actual.data, expected))
+            self._note(rank, f"first bad element {self._element(rank, offset + at)}: 0x{have}, want 0x{want}")
+        self.cursor[rank] = offset + len(expected)
+
+    def _expect_zeros(self, rank: int, shard: Shard, until: int) -> None:
+        """What lies between the cursor and ``until`` is padding."""
+        while self.cursor[rank] < until:
+            actual = self._read(rank, self.cursor[rank], min(SLAB, until - self.cursor[rank]))
+            if rank not in self.findings and actual.any():
+                at = self.cursor[rank] + int(np.flatnonzero(actual)[0])
+                self._note(rank, f"padding at {self._element(rank, at)} is not zero")
+            self.cursor[rank] += len(actual)
+
+    def _read(self, rank: int, offset: int, count: int) -> Bytes:
+        actual = np.empty(count, np.uint8)
+        self.own.read(self.tensor, rank, offset, actual.data)
+        self.hashers[rank].update(actual.data)
+        return actual
+
+    def _finish(self, rank: int, shard: Shard, transfer: Transfer) -> None:
+        self._expect_zeros(rank, shard, shard.volume)
+        record = self.tensor.record
+        assert record is not None
+        want, have = record.shard_digest(rank), self.hashers[rank].hexdigest()
+        if rank not in self.findings and want != have:
+            self._note(rank, f"its own digest is {have}, the manifest says {want}")
+
+    def _element(self, rank: int, byte: int) -> list[int]:
+        """The index, in the rank's own tensor, of the element that holds one of its bytes."""
+        shard = self.tensor.layout.shards[rank]
+        assert shard is not None
+        return [int(i) for i in np.unravel_index(byte * 8 // self.bits, shard.shape)]
+
+    def _note(self, rank: int, what: str) -> None:
+        self.findings[rank] = Finding(what, tensor=self.tensor.name, rank=rank)
+
+
+def _row_overlap(tensor: Stored) -> list[Finding]:
+    """Cells of a row-cut tensor that two ranks hold: the sum after the layer would count them twice."""
+    if tensor.role.rule != "row":
+        return []
+    layout: Layout = tensor.layout
+    for axis in layout.cut_axes:
+        for run, ranks in layout.owners(axis):
+            if len(ranks) > 1:
+                shown = " and ".join(map(str, ranks[:3]))
+                what = f"{run.start} along axis {axis} is held by ranks {shown}; a row layer adds them up"
+                return [Finding(what, tensor=printable(tensor.name))]
+    return []
