@@ -74,6 +74,7 @@ def plan_split(source: Path, target: Path, tp: int, policy: str = "auto", option
     """Plan to cut a full checkpoint for ``tp`` ranks; reads headers only. Raises any TpshardError."""
     if (source / MANIFEST_NAME).exists():
         raise UsageError(f"{source}: is a shard folder already", hint="tpshard reshard cuts it for other ranks")
+    check_target(target, source)
     checkpoint = open_full(source)
     refuse_quantised(checkpoint)
     return _to_shards(checkpoint, target, tp, choose_policy(policy, checkpoint.config), options)
@@ -83,6 +84,7 @@ def plan_reshard(
     source: Path, target: Path, tp: int, policy: str | None = None, options: Options = Options()
 ) -> Conversion:
     """Plan to recut a shard folder for ``tp`` ranks, by the policy it was cut with unless another is given."""
+    check_target(target, source)
     checkpoint = open_shards(source)
     assert checkpoint.manifest is not None
     if policy is None:
@@ -94,6 +96,7 @@ def plan_reshard(
 
 def plan_merge(source: Path, target: Path, options: Options = Options()) -> Conversion:
     """Plan to rebuild the full checkpoint: in the files it came in, or in parts of ``options.max_shard_size``."""
+    check_target(target, source)
     checkpoint = open_shards(source)
     assert checkpoint.manifest is not None
     items = [Item(tensor, Layout.replicated(tensor.shape, 1)) for tensor in checkpoint.tensors.values()]

@@ -18,7 +18,7 @@ from tpshard.layout import Shape
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
-    "hidden_size": 320,
+    "hidden_size": 312,
     "intermediate_size": 880,
     "num_hidden_layers": 6,
     "num_attention_heads": 12,

@@ -22,7 +22,8 @@ from tpshard.errors import PolicyError, StorageError, printable
 MAX_BYTES = 256 * 1024
 MAX_DEPTH = 16
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]{0,17})")
-_NUMBER_LIKE = re.compile(r"[-+.]?[0-9][0-9_.:eExXoO+-]*")
+_NUMBER_LIKE = re.compile(r"[-+.]?[0-9][0-9_.:eExXoO+-]*|[-+]?0[xX][0-9a-fA-F_]+|[-+]?\.(inf|nan)", re.IGNORECASE)
+_QUOTE = "write it out; quote a key that begins with '*'"
 _YAML_11_WORDS = frozenset({"yes", "no", "on", "off", "y", "n", "~", "null"})
 
 
@@ -138,7 +139,8 @@ def parse_documents(text: str, file: str) -> list[Node]:
     except yaml.MarkedYAMLError as error:
         at = error.problem_mark or error.context_mark
         place = f"{file}:{at.line + 1}:{at.column + 1}" if at else file
-        raise PolicyError(f"{place}: is not YAML: {error.problem or error.context}") from None
+        hint = _QUOTE if "alias" in (error.context or "") else None
+        raise PolicyError(f"{place}: is not YAML: {error.problem or error.context}", hint=hint) from None
     except yaml.YAMLError as error:
         raise PolicyError(f"{file}: is not YAML: {printable(str(error).splitlines()[0])}") from None
     documents = [_convert(root, file, "") for root in roots]
@@ -155,7 +157,7 @@ def _refuse_features(text: str, file: str) -> None:
         mark = Mark(file, token.start_mark.line + 1, token.start_mark.column + 1)
         match token:
             case yaml.AliasToken() | yaml.AnchorToken():
-                raise PolicyError(f"{mark}: anchors and aliases are not allowed in a policy", hint="write it out")
+                raise PolicyError(f"{mark}: anchors and aliases are not allowed in a policy", hint=_QUOTE)
             case yaml.TagToken() | yaml.DirectiveToken():
                 raise PolicyError(f"{mark}: tags and directives are not allowed in a policy")
             case (
@@ -191,7 +193,7 @@ def _pairs(node: yaml.MappingNode, file: str, trail: str) -> Iterator[tuple[str,
         mark = Mark(file, key_node.start_mark.line + 1, key_node.start_mark.column + 1)
         if not isinstance(key_node, yaml.ScalarNode):
             raise PolicyError(f"{mark}: a key must be text", hint="quote keys that begin with '{', '[' or '*'")
-        key = str(key_node.value)
+        key = _encodable(str(key_node.value), mark)
         if key in seen:
             raise PolicyError(f"{mark}: key '{printable(key)}' appears twice, first at line {seen[key]}")
         seen[key] = mark.line
@@ -199,8 +201,15 @@ def _pairs(node: yaml.MappingNode, file: str, trail: str) -> Iterator[tuple[str,
         yield key, Node(value.value, mark if isinstance(value.value, Mapping) else value.mark, value.trail)
 
 
+def _encodable(text: str, mark: Mark) -> str:
+    """A text that can be written out again: the escapes of a quoted text may spell half a character."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise PolicyError(f"{mark}: '{printable(text)}' is not Unicode text")
+    return text
+
+
 def _scalar(node: yaml.ScalarNode, mark: Mark, trail: str) -> str | int | bool:
-    text = str(node.value)
+    text = _encodable(str(node.value), mark)
     if node.style is not None:  # quoted
         return text
     if text in ("true", "false"):
@@ -211,5 +220,5 @@ def _scalar(node: yaml.ScalarNode, mark: Mark, trail: str) -> str | int | bool:
     if _NUMBER_LIKE.fullmatch(text):
         raise PolicyError(f"{where}'{text}' is not a plain whole number", hint="write it in decimal, or quote it")
     if text.lower() in _YAML_11_WORDS or text in ("True", "False", "TRUE", "FALSE"):
-        raise PolicyError(f"{where}'{text}' means different things in different YAML versions", hint="use true/false")
+        raise PolicyError(f"{where}'{text}' means different things in different YAML versions", hint="use true or false, or quote it")
     return text

@@ -7,13 +7,14 @@ and ``[index]`` work as expected; ``/`` must divide exactly. The text is parsed,
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tpshard.errors import PolicyError, printable
 
 MAX_LENGTH = 256
 MAX_VALUE = 2**53
+MAX_STEPS = 10_000  # variables that use others twice each would take 2^n
 
 
 class Missing(PolicyError):
@@ -28,24 +29,36 @@ def evaluate(text: str, config: Mapping[str, Any], variables: Mapping[str, str |
     >>> evaluate("hidden_size / heads", {"hidden_size": 44, "n_head": 4}, {"heads": "n_head"})
     11
     """
+    return _evaluate(text, config, variables or {}, iter(range(MAX_STEPS)))
+
+
+def _evaluate(
+    text: str, config: Mapping[str, Any], variables: Mapping[str, str | int], steps: Iterator[int]
+) -> int:
     if len(text) > MAX_LENGTH:
         raise PolicyError(f"an expression of {len(text)} characters, at most {MAX_LENGTH} are read")
     try:
         tree = ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise PolicyError(f"'{printable(text)}' is not an expression over config keys") from None
-    value = _Evaluation(config, dict(variables or {}), text).value(tree)
+    value = _Evaluation(config, variables, text, steps).value(tree)
     if value is None:
-        raise Missing(f"'{printable(text)}' is not in the config{_absent(tree, config, variables or {})}")
+        raise Missing(f"'{printable(text)}' is not in the config{_absent(tree, config, variables)}")
     return _integer(value, text)
 
 
 class _Evaluation:
-    def __init__(self, config: Mapping[str, Any], variables: dict[str, str | int], text: str) -> None:
-        self.config, self.variables, self.text = config, variables, text
+    """One expression at work; ``steps`` are shared with the variables that it uses, and bound the time."""
+
+    def __init__(
+        self, config: Mapping[str, Any], variables: Mapping[str, str | int], text: str, steps: Iterator[int]
+    ) -> None:
+        self.config, self.variables, self.text, self.steps = config, variables, text, steps
 
     def value(self, node: ast.expr) -> Any:
         """The value, or None where a key is absent or null."""
+        if next(self.steps, None) is None:
+            raise PolicyError(f"'{printable(self.text)}' takes more than {MAX_STEPS} steps")
         match node:
             case ast.Constant(value=int() as number) if not isinstance(number, bool):
                 return number
@@ -75,7 +88,7 @@ class _Evaluation:
         # A variable may use the others, but not itself: without it, a circle ends in a config look-up.
         rest = {key: value for key, value in self.variables.items() if key != name}
         try:
-            return evaluate(text, self.config, rest)
+            return _evaluate(text, self.config, rest, self.steps)
         except Missing:
             return None
 

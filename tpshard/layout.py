@@ -263,7 +263,8 @@ def in_bytes(layout: Layout, bits: int) -> Layout:
     if not layout.shape:
         if bits % 8:
             raise InputError(f"a scalar of {bits} bits does not fill its byte")
-        return Layout.replicated((bits // 8,), layout.ranks)
+        flat = Shard.whole((bits // 8,))
+        return Layout(flat.shape, tuple(shard and flat for shard in layout.shards))
 
     def scaled(count: int) -> int:
         if count * bits % 8:

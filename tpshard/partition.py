@@ -57,7 +57,7 @@ def cut_layout(shape: Shape, axis: int, cut: Cut, ranks: int) -> Layout:
         base = 0
         for block in cut.blocks:
             first, last = _units(block, cut, ranks, rank)
-            if first < last:
+            if first < last and block.width:
                 own.append(Span(base + first * block.width, base + last * block.width))
             base += block.count * block.width
         runs.append(_merged(own))

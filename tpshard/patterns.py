@@ -11,6 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from tpshard.errors import printable
+
+MAX_LENGTH = 1_000
 MAX_ALTERNATIVES = 256
 
 
@@ -78,11 +81,13 @@ def parse_patterns(key: str) -> tuple[Pattern, ...]:
     >>> [".".join(p.segments) for p in parse_patterns("mlp.{up,down}_proj")]
     ['mlp.up_proj', 'mlp.down_proj']
     """
+    if len(key) > MAX_LENGTH:
+        raise PatternError(f"has {len(key)} characters, at most {MAX_LENGTH} are read")
     texts = list(_alternatives(key))
     for text in texts:
         if any(not segment for segment in text.split(".")):
             raise PatternError("has an empty segment")
-        if set(text) & set("[]?!\\ \t"):
+        if set(text) & set("[]?!\\ ") or printable(text, MAX_LENGTH) != text:
             raise PatternError("uses a character that is not part of a name; only * ** and {a,b} are special")
     return tuple(Pattern(tuple(text.split("."))) for text in texts)
 

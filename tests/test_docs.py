@@ -1,0 +1,61 @@
+"""The docs say what is so: sessions are run, generated pages are fresh, every command and key is there."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests import docs_pages, sessions
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("page", sessions.PAGES, ids=lambda page: page.name)
+def test_sessions_print_what_the_page_shows(page: Path, tmp_path: Path) -> None:
+    found = [step for block in sessions.blocks(page) for step in sessions.steps(block[0])]
+    assert found
+    for step in found:
+        assert sessions.normal(sessions.run(step, tmp_path)) == sessions.normal(step.output), step.command
+
+
+def test_generated_pages_are_fresh() -> None:
+    assert (ROOT / "docs/cli.md").read_text("utf-8") == docs_pages.cli_page(), "run: python -m tests.docs_pages"
+    assert (ROOT / "docs/errors.md").read_text("utf-8") == docs_pages.errors_page(), "run: python -m tests.docs_pages"
+
+
+def test_every_command_has_an_example() -> None:
+    for name, command in docs_pages.commands():
+        assert name.partition(" ")[0] == "tpshard"
+        assert f"{name} " in (command.help or "") or f"{name}\n" in f"{command.help}\n", name
+
+
+def test_ci_runs_the_test_command_of_the_readme() -> None:
+    ci = (ROOT / ".ci/run").read_text("utf-8").splitlines()
+    (command,) = [line for line in ci if " -m pytest" in line]
+    assert command in (ROOT / "README.md").read_text("utf-8")
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text("utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_manifest_matches_its_schema(tmp_path: Path) -> None:
+    import jsonschema
+
+    from tests.tiny_models import save_model
+    from tpshard.convert import plan_split, run
+
+    save_model("qwen2", tmp_path / "model")
+    run(plan_split(tmp_path / "model", tmp_path / "shards", 2))
+    schema = json.loads((ROOT / "docs/manifest.schema.json").read_text("utf-8"))
+    manifest = json.loads((tmp_path / "shards/tpshard.json").read_text("utf-8"))
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(manifest, schema)
+    manifest["surprise"] = 1
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(manifest, schema)

@@ -1,0 +1,200 @@
+"""Where the ranks of a sharded run meet, and what is compared with the reference there, as it happens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from tpshard.verify.lockstep import Lockstep
+from tpshard.verify.placement import Cut, Layer, is_conv1d
+
+TOLERANCE = 1e-10  # relative L2, of a seam and of each position: clean runs stay below 1e-14, real faults exceed 4e-4
+LARGEST = 1e-9  # of the reference's root mean square, for a single number
+REFERENCE = 0  # the reference's place among the runs; rank r is run r + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Seam:
+    """One comparison. ``error`` is relative to the reference, infinite where a number is not finite."""
+
+    layer: str
+    what: str
+    rank: int
+    error: float
+    wrong: bool
+    producers: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class Record:
+    """What a run has compared, in order; ``positions`` counts positions of all comparisons."""
+
+    seams: list[Seam] = field(default_factory=list)
+    positions: int = 0
+    gathers: int = 0
+    visited: set[str] = field(default_factory=set)
+    open_cuts: list[str] = field(default_factory=list)  # column layers since the ranks last met
+
+    def compare(self, layer: str, what: str, rank: int, got: torch.Tensor, want: torch.Tensor) -> None:
+        """Note how far ``got`` is from ``want``; the last axis is one position's features."""
+        error, wrong = difference(got.detach(), want.detach())
+        self.positions += want.numel() // max(1, want.shape[-1]) if want.ndim else 1
+        self.seams.append(Seam(layer, what, rank, error, wrong, tuple(self.open_cuts[-4:]) if wrong else ()))
+
+
+def difference(got: torch.Tensor, want: torch.Tensor) -> tuple[float, bool]:
+    """The larger of the relative L2 error of the whole and of the worst position; and whether it is too large.
+
+    Every comparison is written so that NaN is too large.
+    """
+    if got.shape != want.shape:
+        return float("inf"), True
+    if not want.numel():
+        return 0.0, False
+    rows, apart = (
+        want.reshape(-1, want.shape[-1] if want.ndim else 1),
+        (got - want).reshape(-1, got.shape[-1] if got.ndim else 1),
+    )
+    scale = rows.norm() / len(rows) ** 0.5  # a typical position; a position near zero is measured by it
+    if not bool(scale > 0):
+        wrong = not bool((apart == 0).all())
+        return (float("inf") if wrong else 0.0), wrong
+    of_rows = apart.norm(dim=1) / rows.norm(dim=1).clamp(min=1e-6 * float(scale))
+    error = float(torch.maximum(of_rows.max(), apart.norm() / rows.norm()))
+    root_mean_square = scale / rows.shape[1] ** 0.5
+    within = error <= TOLERANCE and bool(apart.abs().max() <= LARGEST * root_mean_square)
+    return (error if error == error else float("inf")), not within
+
+
+def feature_axis(module: nn.Module) -> int:
+    """The axis of a layer's output that its weight's out axis becomes, counted from the end; convolutions and their
+    norms have channels in axis 1."""
+    channels = isinstance(module, nn.modules.conv._ConvNd | nn.modules.batchnorm._BatchNorm)
+    return 1 if channels else -1
+
+
+class Hooks:
+    """Puts the seams into one run's model: run 0 is the reference, run r + 1 rank r."""
+
+    def __init__(self, lock: Lockstep, record: Record, ranks: int) -> None:
+        self.lock, self.record, self.ranks = lock, record, ranks
+        self._handles: list[Any] = []
+
+    def attach(self, run: int, model: nn.Module, layers: Sequence[Layer]) -> None:
+        modules = dict(model.named_modules())
+        for layer in layers:
+            module = modules[layer.path]
+            before, after = self._before(run, layer, module), self._after(run, layer, module)
+            if before is not None:
+                self._handles.append(module.register_forward_pre_hook(before))
+            if after is not None:
+                self._handles.append(module.register_forward_hook(after))
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    # ---------------------------------------------------------------------------------------- before a layer
+
+    def _before(self, run: int, layer: Layer, module: nn.Module) -> Callable[..., Any] | None:
+        if layer.task == "gather input":
+            return lambda _, args: self._join_input(run, layer, args)
+        if layer.task in ("column", "gather", "whole") and (isinstance(module, nn.Linear) or is_conv1d(module)):
+            return lambda _, args: self._compare_input(run, layer, args)
+        return None
+
+    def _compare_input(self, run: int, layer: Layer, args: tuple[Any, ...]) -> None:
+        """These layers want all of their input: it has to be the reference's on every rank."""
+        if not args or not isinstance(args[0], torch.Tensor):
+            return
+        values = self.lock.exchange(run, f"{layer.path}, input", args[0].detach().clone())
+        if run != REFERENCE:
+            self.record.compare(layer.name, "input", run - 1, args[0], values[REFERENCE])
+
+    def _join_input(self, run: int, layer: Layer, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Each feature from the lowest rank that has something there: the others hold zeros, or the same."""
+        joined = []
+        for number, value in enumerate(args):
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                values = self.lock.exchange(run, f"{layer.path}, input {number}", value)
+                if run != REFERENCE:
+                    value = _first_nonzero(values[1:])
+                    self.record.compare(layer.name, "gathered input", run - 1, value, values[REFERENCE])
+            joined.append(value)
+        if run == REFERENCE:
+            self.record.gathers += 1
+        return tuple(joined)
+
+    # ---------------------------------------------------------------------------------------- after a layer
+
+    def _after(self, run: int, layer: Layer, module: nn.Module) -> Callable[..., Any] | None:
+        if layer.task in ("row", "gather"):
+            return lambda _, args, out: self._meet(run, layer, module, out)
+        if layer.task == "column":
+            return lambda _, args, out: self._compare_own(run, layer, module, out)
+        return lambda _, args, out: self.record.visited.add(layer.path)
+
+    def _meet(self, run: int, layer: Layer, module: nn.Module, out: Any) -> Any:
+        """Partial sums are added up; gathered parts are joined. Every rank goes on with the same."""
+        value, put_back = first_tensor(out)
+        # The reference's value is copied, since its own code may go on to change it in place.
+        values = self.lock.exchange(run, layer.path, value.detach().clone() if run == REFERENCE else value)
+        self.record.visited.add(layer.path)
+        if run == REFERENCE:
+            self.record.gathers += layer.task == "gather"
+            return None
+        if layer.task == "row":
+            joined = torch.stack(values[1:]).sum(dim=0)
+        else:
+            assert layer.cut is not None
+            joined = _join(values[1:], layer.cut, feature_axis(module))
+        self.record.compare(layer.name, "output", run - 1, joined, values[REFERENCE])
+        if run == self.ranks:
+            self.record.open_cuts.clear()
+        return put_back(joined)
+
+    def _compare_own(self, run: int, layer: Layer, module: nn.Module, out: Any) -> None:
+        """A column layer's output stays local: each rank's own part of it is compared."""
+        value, _ = first_tensor(out)
+        values = self.lock.exchange(run, layer.path, value.detach().clone())
+        self.record.visited.add(layer.path)
+        if run == REFERENCE:
+            self.record.open_cuts.append(layer.name)
+            return
+        axis, cut = feature_axis(module), layer.cut
+        if cut is None or value.shape[axis] != sum(len(own) for own in cut.first):
+            return  # the layer's features are not its weight's rows: its consumer will tell
+        own = cut.index[run - 1]
+        mine, theirs = (tensor.index_select(axis, own).movedim(axis, -1) for tensor in (value, values[REFERENCE]))
+        self.record.compare(layer.name, "own part of the output", run - 1, mine, theirs)
+
+
+def first_tensor(out: Any) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
+    """A layer's output tensor, and how to put another in its place."""
+    if isinstance(out, torch.Tensor):
+        return out, lambda tensor: tensor
+    if isinstance(out, tuple) and out and isinstance(out[0], torch.Tensor):
+        return out[0], lambda tensor: (tensor, *out[1:])
+    raise TypeError(f"a layer that is cut returns {type(out).__name__}, not a tensor")
+
+
+def _join(values: Sequence[torch.Tensor], cut: Cut, axis: int) -> torch.Tensor:
+    """Each feature from the lowest rank that holds it."""
+    joined = torch.zeros_like(values[0])
+    for value, own in zip(values, cut.first, strict=True):
+        joined.index_copy_(axis % joined.ndim, own, value.index_select(axis, own))
+    return joined
+
+
+def _first_nonzero(values: Sequence[torch.Tensor]) -> torch.Tensor:
+    joined = values[0].clone()
+    empty = (joined == 0).reshape(-1, joined.shape[-1]).all(dim=0)
+    for value in values[1:]:
+        filled = empty & (value != 0).reshape(-1, value.shape[-1]).any(dim=0)
+        joined[..., filled] = value[..., filled]
+        empty &= ~filled
+    return joined
