@@ -55,7 +55,9 @@ class Folder:
         change(tensors)
         write_file(self.file(rank), metadata, tensors)
 
-    def change(self, name: str, rank: int, change: Callable[[str, list[int], bytes], tuple[str, list[int], bytes]]) -> None:
+    def change(
+        self, name: str, rank: int, change: Callable[[str, list[int], bytes], tuple[str, list[int], bytes]]
+    ) -> None:
         self.change_file(rank, lambda tensors: tensors.update({name: change(*tensors[name])}))
 
     # ------------------------------------------------------------------------------------------ bytes
@@ -82,6 +84,7 @@ class Folder:
 
     def exchange(self, one: str, other: str) -> None:
         for rank in self.ranks:
+
             def swap(tensors: Tensors) -> None:
                 tensors[one], tensors[other] = tensors[other], tensors[one]
 

@@ -50,7 +50,7 @@ def test_manifest_matches_its_schema(tmp_path: Path) -> None:
     from tests.tiny_models import save_model
     from tpshard.convert import plan_split, run
 
-    save_model("qwen2", tmp_path / "model")
+    save_model("qwen2", tmp_path / "model", kv_heads=2)
     run(plan_split(tmp_path / "model", tmp_path / "shards", 2))
     schema = json.loads((ROOT / "docs/manifest.schema.json").read_text("utf-8"))
     manifest = json.loads((tmp_path / "shards/tpshard.json").read_text("utf-8"))

@@ -1,4 +1,4 @@
-"""Every planted fault is caught, by the checks that should, with the right tensor or layer named; what is right passes."""
+"""Every planted fault is caught by the checks that should, with the right place named; what is right passes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import Fault, all_faults, try_fault, was_caught
+from tests.faults import KEY_VALUE_HEADS, Fault, all_faults, try_fault, was_caught
 from tests.tiny_models import save_model
 from tpshard.convert import plan_split, run
 from tpshard.verify.report import Verdict
@@ -24,7 +24,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     def folder(model_type: str) -> Path:
         if model_type not in made:
             made[model_type] = tmp_path_factory.mktemp("models") / model_type
-            save_model(model_type, made[model_type])
+            save_model(model_type, made[model_type], KEY_VALUE_HEADS)
         return made[model_type]
 
     return folder
@@ -41,7 +41,17 @@ def test_fault_is_caught_and_named(fault: Fault, model: Model, tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("model_type", "tp"),
-    [("qwen2", 1), ("qwen2", 2), ("qwen2", 3), ("qwen2", 6), ("gpt2", 2), ("gpt2", 3), ("bert", 2), ("bert", 6)],
+    [
+        ("qwen2", 1),
+        ("qwen2", 2),
+        ("qwen2", 6),
+        ("qwen3", 2),
+        ("phi3", 2),
+        ("gpt2", 2),
+        ("gpt2", 3),
+        ("bert", 2),
+        ("bert", 6),
+    ],
 )
 def test_what_is_right_passes(model_type: str, tp: int, model: Model, tmp_path: Path) -> None:
     run(plan_split(model(model_type), tmp_path / "shards", tp))

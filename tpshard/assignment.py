@@ -26,7 +26,7 @@ class Assignment:
 
 @dataclass(frozen=True, slots=True)
 class Assigned:
-    """What a policy makes of a checkpoint; ``unused`` are the keys of rules that met no tensor."""
+    """What a policy makes of a checkpoint; ``unused`` are the rules that met no tensor and should have."""
 
     tensors: Mapping[str, Assignment]
     unused: tuple[Rule, ...]
@@ -49,7 +49,7 @@ def assign(policy: Policy, config: Mapping[str, Any], shapes: Mapping[str, Shape
             cached[rule, shape] = _assignment(rule, policy, config, name, shapes, rules, ranks)
         found[name] = cached[rule, shape]
     met = {id(rule) for rule in rules.values()}
-    return Assigned(found, tuple(rule for rule in policy.rules if id(rule) not in met))
+    return Assigned(found, tuple(rule for rule in policy.rules if not rule.shared and id(rule) not in met))
 
 
 def match_all(policy: Policy, shapes: Mapping[str, Shape]) -> dict[str, Rule | None]:

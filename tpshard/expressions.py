@@ -29,7 +29,10 @@ def evaluate(text: str, config: Mapping[str, Any], variables: Mapping[str, str |
     >>> evaluate("hidden_size / heads", {"hidden_size": 44, "n_head": 4}, {"heads": "n_head"})
     11
     """
-    return _evaluate(text, config, variables or {}, iter(range(MAX_STEPS)))
+    try:
+        return _evaluate(text, config, variables or {}, iter(range(MAX_STEPS)))
+    except RecursionError:
+        raise PolicyError(f"'{printable(text)}' leads through too many variables") from None
 
 
 def _evaluate(

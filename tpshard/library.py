@@ -21,7 +21,7 @@ def builtin_policies() -> Mapping[str, Policy]:
     for item in sorted(resources.files("tpshard").joinpath("policies").iterdir(), key=lambda entry: entry.name):
         if item.name.endswith(".yaml"):
             documents += parse_documents(item.read_text("utf-8"), item.name)
-    return _resolved([parse_policy(document) for document in documents], {})
+    return _resolved([parse_policy(document, shared=True) for document in documents], {})
 
 
 def builtin_text(name: str) -> str:
@@ -54,7 +54,7 @@ def policy_from_data(documents: Sequence[object], file: str) -> Policy:
     """The inverse of policy_as_data. Raises PolicyError where the data is no policy."""
     if not documents:
         raise PolicyError(f"{file}: no policy is recorded", hint="give one with --policy")
-    levels = [parse_policy(_node(document, Mark(file, 1, 1), "policy")) for document in documents]
+    levels = [parse_policy(_node(document, Mark(file, 1, 1), "policy"), shared=True) for document in documents]
     return _stack(levels)
 
 

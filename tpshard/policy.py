@@ -28,7 +28,10 @@ Parts = int | tuple[Expression, ...] | tuple[tuple[Expression, Expression], ...]
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One entry of ``rules``, checked as far as it can be without a config and a tensor."""
+    """One entry of ``rules``, checked as far as it can be without a config and a tensor.
+
+    ``shared``: of a policy for many models, whose rules need not all meet a tensor.
+    """
 
     key: str
     patterns: tuple[Pattern, ...] = field(repr=False)
@@ -41,6 +44,7 @@ class Rule:
     gather: Gather = ""
     uneven: bool = False
     pad: Expression | None = None
+    shared: bool = False
 
     def matches(self, layer: str, tensor: str) -> bool:
         return any(pattern.matches(layer) or pattern.matches(tensor) for pattern in self.patterns)
@@ -192,7 +196,7 @@ def _same(value: object, wanted: object) -> bool:
 # ---------------------------------------------------------------------------------------------- from YAML
 
 
-def parse_policy(document: Node) -> Policy:
+def parse_policy(document: Node, *, shared: bool = False) -> Policy:
     """One YAML document as a policy of one level; ``extends`` is only noted. Raises PolicyError with the place."""
     table = document.known_keys(POLICY_KEYS)
     if "name" not in table:
@@ -203,7 +207,7 @@ def parse_policy(document: Node) -> Policy:
     return Policy(
         name=table["name"].text(),
         mark=document.mark,
-        levels=(tuple(_parse_rule(key, node) for key, node in rules.items()),),
+        levels=(tuple(_parse_rule(key, node, shared) for key, node in rules.items()),),
         variables={key: _expression(node) for key, node in _optional(table, "vars").items()},
         applies_to={key: _values(node) for key, node in _optional(table, "for").items()},
         default=_parse_default(table),
@@ -237,13 +241,13 @@ def _expression(node: Node) -> Expression:
     return node.value
 
 
-def _parse_rule(key: str, node: Node) -> Rule:
+def _parse_rule(key: str, node: Node, shared: bool) -> Rule:
     try:
         patterns = parse_patterns(key)
     except PatternError as error:
         node.fail(f"the key {error}")
     if not isinstance(node.value, Mapping):
-        return Rule(key, patterns, node.mark, cast(Kind, node.one_of(KINDS)))
+        return Rule(key, patterns, node.mark, cast(Kind, node.one_of(KINDS)), shared=shared)
     table = node.known_keys(RULE_KEYS)
     if "rule" not in table:
         node.fail(f"needs a rule: {', '.join(KINDS)}")
@@ -259,6 +263,7 @@ def _parse_rule(key: str, node: Node) -> Rule:
         gather=_parse_gather(table["gather"]) if "gather" in table else "",
         uneven=table["uneven"].flag() if "uneven" in table else False,
         pad=_expression(table["pad"]) if "pad" in table else None,
+        shared=shared,
     )
     _refuse_combinations(rule, node)
     return rule

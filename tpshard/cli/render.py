@@ -93,10 +93,11 @@ def done_text(verb: str, conversion: Conversion, done: Done) -> str:
     plan = conversion.plan
     policy = f", policy {conversion.policy.name}" if conversion.policy else ""
     ranks = f"{plan.ranks} ranks" if conversion.policy else "full checkpoint"
+    files = f"{len(done.written.files)} file{'s' if len(done.written.files) > 1 else ''}"
     rate = size(done.bytes_read / done.seconds) if done.seconds else "-"
     return (
         f"{verb} {plan.source.folder} -> {conversion.target}\n"
-        f"  {done.tensors} tensors, {size(done.bytes_read)} read; {ranks}, {len(done.written.files)} files, "
+        f"  {done.tensors} tensors, {size(done.bytes_read)} read; {ranks}, {files}, "
         f"{size(done.bytes_written)} written{policy}\n"
         f"  {done.seconds:.2f} s ({rate}/s), then {done.sync_seconds:.2f} s until the disk had it"
     )

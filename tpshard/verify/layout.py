@@ -159,6 +159,10 @@ def _check_tensor(tensor: Stored, slot: Slot, axis: int, heads: Heads, way: Deal
         have = _held(tensor, axis, rank)
         want = _wanted(parts, slot, heads, way, rank, tensor.layout.ranks)
         if not np.array_equal(have, want):
+            if tensor.layout.is_replicated:
+                return Finding(
+                    f"is whole on every rank, but its block is cut: along axis {axis} here", tensor=tensor.name
+                )
             return _mismatch(tensor, parts, rank, have, want)
     return None
 
@@ -216,7 +220,7 @@ def _mismatch(tensor: Stored, parts: list[Part], rank: int, have: Index, want: I
 
 def _describe(parts: list[Part], index: int | None) -> str:
     if index is None:
-        return "absent"
+        return "nothing more"
     for label, count, width in parts:
         if index < count * width:
             unit = f"{label} {index // width}"

@@ -14,7 +14,7 @@ from tpshard.verify.files import check_files, default_workers
 from tpshard.verify.layout import check_layout
 from tpshard.verify.report import CheckResult, Report
 from tpshard.verify.source import Bytes
-from tpshard.verify.weights import check_weights
+from tpshard.verify.weights import check_weights, comparable
 
 Level = Literal["files", "weights", "layout", "forward"]
 LEVELS: tuple[Level, ...] = ("files", "weights", "layout", "forward")
@@ -61,6 +61,8 @@ def _model_checks(shards: Checkpoint, source: Checkpoint | None, factory: str | 
     if importlib.util.find_spec("torch") is None:
         what = "torch is not installed (pip install 'tpshard[hf]')"
         return [CheckResult("forward", unproven=what)]
+    if source and not all(comparable(shards, source, name) for name in {*shards.tensors, *source.tensors}):
+        return [CheckResult("forward", unproven="the shards' tensors are not those of the source")]
     from tpshard.verify.forward import check_forward
     from tpshard.verify.layers import check_layers
 

@@ -29,7 +29,7 @@ def check_weights(
     """Compare all shards with the whole; at most one finding for each tensor and rank."""
     names = list(shards.tensors)
     findings = _name_findings(shards, source) if source else []
-    common = [name for name in names if source is None or _comparable(shards, source, name)]
+    common = [name for name in names if source is None or comparable(shards, source, name)]
 
     def compare(name: str) -> list[Finding]:
         with SourceFiles(shards) as own, SourceFiles(source or shards) as other:
@@ -76,10 +76,10 @@ def _carried_findings(shards: Checkpoint, source: Checkpoint) -> list[Finding]:
     return findings
 
 
-def _comparable(shards: Checkpoint, source: Checkpoint, name: str) -> bool:
-    other = source.tensors.get(name)
-    tensor = shards.tensors[name]
-    return other is not None and (other.dtype, other.shape) == (tensor.dtype, tensor.shape)
+def comparable(shards: Checkpoint, source: Checkpoint, name: str) -> bool:
+    """Whether both have the tensor, of one dtype and shape."""
+    tensor, other = shards.tensors.get(name), source.tensors.get(name)
+    return tensor is not None and other is not None and (tensor.dtype, tensor.shape) == (other.dtype, other.shape)
 
 
 class _Comparison:
