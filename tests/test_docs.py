@@ -59,3 +59,46 @@ def test_manifest_matches_its_schema(tmp_path: Path) -> None:
     manifest["surprise"] = 1
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(manifest, schema)
+
+
+def test_the_policy_in_the_readme_works(tmp_path: Path) -> None:
+    from tpshard.convert import plan_split
+    from tpshard.demo import make_checkpoint
+
+    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    (tmp_path / "policy.yaml").write_text(block)
+    make_checkpoint(tmp_path / "model")
+    own = plan_split(tmp_path / "model", tmp_path / "shards", 2, str(tmp_path / "policy.yaml"))
+    built_in = plan_split(tmp_path / "model", tmp_path / "shards", 2)
+    assert [item.want for item in own.plan.items] == [item.want for item in built_in.plan.items]
+
+
+def test_json_keys_are_documented(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tpshard.cli.main import _run
+    from tpshard.demo import make_checkpoint
+
+    page = (ROOT / "docs/json.md").read_text("utf-8")
+    make_checkpoint(tmp_path / "model")
+    model, shards = str(tmp_path / "model"), str(tmp_path / "shards")
+    lines = [
+        ["split", model, shards, "--tp", "2"],
+        ["inspect", shards, "--filter", "lm_head"],
+        ["verify", shards, "--level", "files"],
+        ["merge", shards, str(tmp_path / "again")],
+        ["split", model, shards, "--tp", "2"],  # exists by now: an error
+    ]
+    for line in lines:
+        _run([*line, "--json"])
+        for key in keys(json.loads(capsys.readouterr().out)):
+            assert f"`{key}`" in page, f"{line[0]}: {key}"
+
+
+def keys(value: object) -> set[str]:
+    """Every key of nested JSON, but for tables whose keys are data."""
+    if isinstance(value, dict):
+        found = set(value)
+        for key, item in value.items():
+            if key not in ("covered", "figures", "spans"):
+                found |= keys(item)
+        return found
+    return set().union(*map(keys, value)) if isinstance(value, list) else set()

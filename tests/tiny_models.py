@@ -20,6 +20,7 @@ import transformers
 from transformers.utils import logging
 
 logging.disable_progress_bar()
+torch.set_num_threads(1)  # tests run side by side: more threads than cores wait for one another
 
 HEADS, VOCAB, LAYERS, FFN, POSITIONS = 6, 1003, 3, 52, 40
 BASE: dict[str, Any] = {

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from tpshard.errors import InputError, StorageError, printable
-from tpshard.folder import MANIFEST_NAME, carried_files, find_weights, read_config
-from tpshard.header import Header, read_header
+from tpshard.folder import MANIFEST_NAME, WeightFiles, carried_files, find_weights, read_config
+from tpshard.header import Header, byte_count, read_header
 from tpshard.layout import Layout, Shape
 from tpshard.manifest import FileRecord, Manifest, TensorRecord, read_manifest
 from tpshard.roles import Role
@@ -119,8 +119,16 @@ def open_full(folder: Path) -> Checkpoint:
         tensors=tensors,
         config=read_config(folder),
         carried=tuple(carried_files(folder)),
-        warnings=found.warnings,
+        warnings=(*found.warnings, *_wrong_total(found, tensors)),
     )
+
+
+def _wrong_total(found: WeightFiles, tensors: Mapping[str, Stored]) -> list[str]:
+    """A warning only: writers disagree on what to count (tied tensors, padding)."""
+    total = sum(byte_count(tensor.dtype, tensor.shape) for tensor in tensors.values())
+    if found.total_size is None or found.total_size == total:
+        return []
+    return [f"the index says {found.total_size} bytes of tensors (total_size), there are {total}"]
 
 
 def open_shards(folder: Path) -> Checkpoint:

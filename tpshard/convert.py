@@ -12,7 +12,7 @@ from pathlib import Path
 from tpshard.assignment import assign
 from tpshard.checkpoint import Checkpoint, open_full, open_shards
 from tpshard.digest import hasher_factory
-from tpshard.errors import InputError, StorageError, UsageError
+from tpshard.errors import InputError, UsageError
 from tpshard.execute import Written, execute
 from tpshard.folder import MANIFEST_NAME
 from tpshard.layout import Layout
@@ -22,7 +22,7 @@ from tpshard.plan import Item, Output, Plan, arrange
 from tpshard.policy import Policy
 from tpshard.quantised import refuse_quantised
 from tpshard.roles import Role
-from tpshard.staging import Staging, check_space, check_target
+from tpshard.staging import Staging, check_space, check_target, storage_errors
 
 DEFAULT_MAX_SHARD_SIZE = 5 * 10**9
 DEFAULT_DIGEST = "xxh3-128"
@@ -266,16 +266,18 @@ def _write_index(plan: Plan, staging: Staging) -> None:
 
 def _carry(source: Checkpoint, name: str, staging: Staging, algorithm: str) -> CarriedRecord:
     path = source.folder / name
-    try:
+    changed = InputError(f"{path}: was changed since the shards were written", hint="tpshard verify tells more")
+    known = {carried.name: carried for carried in source.manifest.carried} if source.manifest else {}
+    with storage_errors(path):
+        if not path.is_file():
+            raise InputError(f"{path}: is not there, or not a regular file", hint="tpshard verify tells more")
+        if name in known and path.stat().st_size != known[name].size:
+            raise changed
         content = path.read_bytes()
-    except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}") from None
     hasher = hasher_factory(algorithm)()
     hasher.update(content)
     record = CarriedRecord(name, len(content), hasher.hexdigest())
-    if source.manifest is not None:
-        known = {carried.name: carried for carried in source.manifest.carried}
-        if known[name] != record:
-            raise InputError(f"{path}: was changed since the shards were written", hint="tpshard verify tells more")
+    if known.get(name, record) != record:
+        raise changed
     staging.write(name, content)
     return record

@@ -28,10 +28,14 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 @dataclass(frozen=True, slots=True)
 class WeightFiles:
-    """The weight files of a full checkpoint, and the index's map from tensor to file where there is one."""
+    """The weight files of a full checkpoint, and the index's map from tensor to file where there is one.
+
+    ``total_size``: the bytes of all tensors, as the index says.
+    """
 
     names: tuple[str, ...]
     index: Mapping[str, str] | None
+    total_size: int | float | None = None
     warnings: tuple[str, ...] = ()
 
 
@@ -109,6 +113,8 @@ def _indexed(folder: Path, index_name: str, files: list[str]) -> WeightFiles:
     for tensor, file in table.items():
         if not isinstance(file, str) or not is_bare_name(file):
             raise InputError(f"{path}: {printable(tensor)}: '{printable(str(file))}' is not a file name")
+        if not file.endswith(".safetensors"):
+            raise InputError(f"{path}: {printable(tensor)}: '{file}' is not a .safetensors file")
     single = index_name.removesuffix(".index.json")
     if single in files and single not in table.values():
         raise InputError(f"{folder}: has both {single} and {index_name}", hint="remove the one that is stale")
@@ -121,16 +127,16 @@ def _indexed(folder: Path, index_name: str, files: list[str]) -> WeightFiles:
             raise InputError(f"{path}: names {name}, which is not there", hint="download it again")
     metadata = index.get("metadata", {})
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
-    if total is not None and (not isinstance(total, int | float) or total < 0):
+    if total is not None and not (isinstance(total, int | float) and not isinstance(total, bool) and total >= 0):
         raise InputError(f"{path}: total_size is {printable(repr(total), 40)}")
     extra = [name for name in files if name not in table.values()]
     warnings = [f"{index_name} does not name {', '.join(extra)}: left out"] if extra else []
-    return WeightFiles(tuple(names), table, tuple(warnings))
+    return WeightFiles(tuple(names), table, total, tuple(warnings))
 
 
 def is_bare_name(name: str) -> bool:
     """Whether a name from a file may be looked up in a folder: no path, no dots-only, no control characters."""
-    return bool(re.fullmatch(r"[^/\\\x00-\x1f\x7f]{1,255}", name)) and name not in (".", "..")
+    return bool(re.fullmatch(r"[^/\\\x00-\x1f\x7f\ud800-\udfff]{1,255}", name)) and name not in (".", "..")
 
 
 def natural_order(name: str) -> list[tuple[int, int | str]]:
@@ -141,7 +147,8 @@ def natural_order(name: str) -> list[tuple[int, int | str]]:
 def carried_files(folder: Path) -> list[str]:
     """Paths, relative to the folder, of everything that goes along with the weights: config, tokenizer and the like.
 
-    Weights in any format, their indexes, hidden files and very large files stay behind.
+    Weights in any format, their indexes, hidden files and very large files stay behind. Raises InputError where a
+    name could not be recorded in a manifest.
     """
     found = []
     for path in sorted(folder.rglob("*")):
@@ -149,5 +156,7 @@ def carried_files(folder: Path) -> list[str]:
         hidden = any(part.startswith(".") for part in relative.parts)
         weight = path.name.endswith(_WEIGHT_SUFFIXES) or path.name == MANIFEST_NAME
         if not hidden and not weight and path.is_file() and path.stat().st_size <= MAX_CARRIED:
+            if not all(map(is_bare_name, relative.parts)):
+                raise InputError(f"{folder}: file name '{printable(str(relative))}' cannot be kept", hint="rename it")
             found.append(relative.as_posix())
     return found

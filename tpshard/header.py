@@ -1,9 +1,10 @@
 """The safetensors header: what one file says it holds, with the format's rules enforced in one place.
 
 A file is ``u64 length N | N bytes of JSON | data``. The JSON maps a name to ``{dtype, shape, data_offsets}``, offsets
-counted from the end of the JSON; ``__metadata__`` maps strings to strings. The safetensors library checks most of
-this and is asked first. Its reader accepts some things that are wrong or dangerous, which are refused here:
-duplicate keys, names that are paths or carry control characters, absurd shapes.
+counted from the end of the JSON; ``__metadata__`` maps strings to strings. Everything is checked here, so that the
+message names the tensor and both numbers; the safetensors library is asked last, and must agree. Its reader accepts
+some things that are wrong or dangerous: duplicate keys, names that are paths or carry control characters, absurd
+shapes.
 """
 
 from __future__ import annotations
@@ -41,7 +42,13 @@ MAX_TENSORS = 250_000  # largest known checkpoint: 223,000 in all its files; bou
 MAX_NAME = 1_024
 MAX_DIMENSIONS = 16
 
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ud800-\udfff\ufeff]")
+_OTHER_KINDS = {
+    b"version https://git-lfs": ("is a Git LFS pointer, not the weights", "run: git lfs pull"),
+    b"\x1f\x8b": ("is a gzip file, not safetensors", None),
+    b"PK\x03\x04": ("is a zip or PyTorch file, not safetensors", None),
+    b"\x80": ("is a pickle, not safetensors", None),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,22 +100,22 @@ def read_header(path: Path) -> Header:
         raise InputError(f"{path}: {what}", hint="download it again" if broken else None) from None
     except OSError as error:
         raise StorageError(f"{path}: {error.strerror}") from None
+    header = _parse(raw, data_start, info.st_size, path)
     _ask_the_library(path)
-    return _parse(raw, data_start, info.st_size, path)
+    return header
 
 
 def _header_bytes(fd: int, size: int, path: Path) -> tuple[bytes, int]:
     head = os.pread(fd, 64, 0)
-    if head.startswith(b"version https://git-lfs"):
-        raise InputError(f"{path}: is a Git LFS pointer, not the weights", hint="run: git lfs pull")
-    if head.startswith((b"\x1f\x8b", b"PK\x03\x04", b"\x80\x02")):
-        kind = {b"\x1f": "gzip", b"P": "zip or PyTorch", b"\x80": "pickle"}[head[:1]]
-        raise InputError(f"{path}: is a {kind} file, not safetensors")
     if size < 8:
-        raise InputError(f"{path}: has {size} bytes, a safetensors file has at least 8", hint="the file is truncated")
+        raise InputError(f"{path}: has {size} bytes, a safetensors file has at least 8", hint="it is truncated")
     (length,) = struct.unpack("<Q", head[:8])
+    if length > MAX_HEADER or 8 + length > size:  # only then: a header of 640 bytes begins like a pickle
+        for start, (what, hint) in _OTHER_KINDS.items():
+            if head.startswith(start):
+                raise InputError(f"{path}: {what}", hint=hint)
     if length > MAX_HEADER:
-        raise InputError(f"{path}: header of {length} bytes, the format allows {MAX_HEADER}")
+        raise InputError(f"{path}: header of {length} bytes, the format allows {MAX_HEADER}", hint="is it safetensors?")
     if 8 + length > size:
         raise InputError(f"{path}: header promises {length} bytes, the file has {size - 8}", hint="it is truncated")
     return os.pread(fd, length, 8), 8 + length
@@ -155,28 +162,60 @@ def _parse(raw: bytes, data_start: int, file_size: int, path: Path) -> Header:
         raise InputError(f"{path}: the header does not begin with '{{'")
     table = parse_json_object(raw, f"{path}: header")
     metadata = table.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise InputError(f"{path}: __metadata__ is not a table of texts")
     if len(table) > MAX_TENSORS:
         raise InputError(f"{path}: {len(table)} tensors in one file, at most {MAX_TENSORS} are read")
     check_names(table, str(path))
-    entries = {name: _entry(name, value, data_start, path) for name, value in table.items()}
+    entries: dict[str, Entry] = {}
+    for name, value in table.items():
+        try:
+            entries[name] = _entry(value, data_start)
+        except InputError as error:
+            raise InputError(f"{path}: {printable(name)}: {error.message}") from None
     ordered = dict(sorted(entries.items(), key=lambda item: (item[1].offset, item[1].size)))
+    _check_covered(ordered, data_start, file_size, path)
     return Header(ordered, metadata, data_start, file_size)
 
 
-def _entry(name: str, value: dict[str, Any], data_start: int, path: Path) -> Entry:
-    where = f"{path}: {printable(name)}"
-    if set(value) != {"dtype", "shape", "data_offsets"}:
-        raise InputError(f"{where}: has the fields {sorted(value)}, not dtype, shape, data_offsets")
-    dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
-    if dtype not in DTYPE_BITS:
-        raise InputError(f"{where}: dtype {printable(str(dtype))} is unknown")
+def _entry(value: object, data_start: int) -> Entry:
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        fields = sorted(value) if isinstance(value, dict) else []
+        raise InputError(f"has the fields {printable(str(fields))}, not dtype, shape, data_offsets")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise InputError(f"dtype {printable(str(dtype), 40)} is unknown")
+    if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
+        shown = printable(f"shape {shape}, data_offsets {offsets}")
+        raise InputError(f"{shown}: must be whole numbers from 0, two of them offsets")
     if len(shape) > MAX_DIMENSIONS:
-        raise InputError(f"{where}: {len(shape)} dimensions, at most {MAX_DIMENSIONS} are read")
+        raise InputError(f"{len(shape)} dimensions, at most {MAX_DIMENSIONS} are read")
     if any(n >= 2**48 for n in shape):
-        raise InputError(f"{where}: shape {list(shape)} is beyond any file")
-    if byte_count(dtype, shape) != end - begin:
-        raise InputError(f"{where}: shape {list(shape)} of {dtype} does not take {end - begin} bytes")
-    return Entry(dtype, shape, data_start + begin, end - begin)
+        raise InputError(f"shape {shape} is beyond any file")
+    begin, end = offsets
+    size = byte_count(dtype, tuple(shape))
+    if size != end - begin:
+        raise InputError(f"shape {shape} of {dtype} takes {size} bytes, its offsets are {begin} and {end}")
+    return Entry(dtype, tuple(shape), data_start + begin, size)
+
+
+def _counts(values: object) -> bool:
+    return isinstance(values, list) and all(type(n) is int and n >= 0 for n in values)
+
+
+def _check_covered(entries: Mapping[str, Entry], data_start: int, file_size: int, path: Path) -> None:
+    """Tensors must follow one another without hole or overlap, to the end of the file."""
+    end, before = data_start, "the header"
+    for name, entry in entries.items():
+        if entry.offset != end:
+            what = "overlaps" if entry.offset < end else "leaves a hole after"
+            at = f"byte {entry.offset - data_start} of the data, expected at {end - data_start}"
+            raise InputError(f"{path}: {printable(name)}: {what} {printable(before)} (at {at})")
+        end, before = entry.offset + entry.size, name
+    if end > file_size:
+        raise InputError(f"{path}: {printable(before)} ends at byte {end}, the file at {file_size}", hint="it is truncated")
+    if end < file_size:
+        raise InputError(f"{path}: {file_size - end} bytes follow the last tensor, which ends at byte {end}")
 
 
 def check_names(names: Iterable[str], where: str) -> None:
@@ -191,10 +230,9 @@ def check_names(names: Iterable[str], where: str) -> None:
             raise InputError(f"{where}: tensor name '{printable(name)}' holds control characters")
         if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name):
             raise InputError(f"{where}: tensor name '{printable(name)}' is a path")
-        if not name.isascii():
-            twin = seen.setdefault(unicodedata.normalize("NFC", name), name)
-            if twin != name:
-                raise InputError(f"{where}: two tensor names differ only in how '{printable(name)}' is encoded")
+        twin = seen.setdefault(unicodedata.normalize("NFC", name), name)
+        if twin != name:
+            raise InputError(f"{where}: two tensor names differ only in how '{printable(name)}' is encoded")
 
 
 def header_bytes(entries: Iterable[tuple[str, str, Shape]], metadata: Mapping[str, str]) -> bytes:

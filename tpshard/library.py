@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib import resources
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from tpshard.document import Mark, Node, did_you_mean, parse_documents, read_documents
-from tpshard.errors import PolicyError
+from tpshard.errors import PolicyError, printable
 from tpshard.policy import Policy, parse_policy
+
+MAX_LEVELS = 16
 
 
 @cache
@@ -33,7 +36,7 @@ def choose_policy(wanted: str, config: Mapping[str, Any]) -> Policy:
     """``auto``, a built-in policy's name, or a YAML file. Raises PolicyError where none or several apply."""
     if wanted == "auto":
         return _pick(builtin_policies().values(), config, "built-in policies")
-    if wanted.endswith((".yaml", ".yml")) or "/" in wanted or Path(wanted).is_file():
+    if wanted.endswith((".yaml", ".yml")) or "/" in wanted or os.path.isfile(wanted):
         policies = read_policies(Path(wanted))
         return policies[0] if len(policies) == 1 else _pick(policies, config, wanted)
     return _known(wanted)
@@ -74,7 +77,7 @@ def _known(name: str) -> Policy:
     policies = builtin_policies()
     if name not in policies:
         hint = did_you_mean(name, policies) or "built-in policies: tpshard policy list; a file needs its .yaml"
-        raise PolicyError(f"no built-in policy is called '{name}'", hint=hint)
+        raise PolicyError(f"no built-in policy is called '{printable(name)}'", hint=hint)
     return policies[name]
 
 
@@ -91,6 +94,8 @@ def _resolved(own: Sequence[Policy], known: Mapping[str, Policy]) -> dict[str, P
             return policy
         if policy.extends in seen:
             raise PolicyError(f"{policy.mark}: policies extend one another in a circle: {' → '.join(seen)}")
+        if len(seen) > MAX_LEVELS:
+            raise PolicyError(f"{policy.mark}: policies extend one another more than {MAX_LEVELS} times")
         if policy.extends in raw:
             base = resolve(raw[policy.extends], (*seen, policy.extends))
         elif policy.extends in known:
@@ -111,14 +116,14 @@ def _stack(policies: Sequence[Policy]) -> Policy:
         first,
         levels=tuple(level for policy in policies for level in policy.levels),
         variables=variables,
-        default=next((policy.default for policy in policies if policy.default), None),
+        default=next((policy.default for policy in policies if policy.says_default), None),
         documents=tuple(document for policy in policies for document in policy.documents),
     )
 
 
 def _pick(policies: Iterable[Policy], config: Mapping[str, Any], where: str) -> Policy:
     found = [policy for policy in policies if policy.applies(config)]
-    model_type = config.get("model_type")
+    model_type = printable(str(config.get("model_type")))
     if len(found) == 1:
         return found[0]
     if found:

@@ -6,6 +6,7 @@ axis stays whole. Everything else refines this: ``docs/policy.md`` has every key
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -108,6 +109,11 @@ class Policy:
         )
 
     @property
+    def says_default(self) -> bool:
+        """Whether the policy, or one that it extends, has the key ``default``: ``error`` overrides ``replicate``."""
+        return any("default" in document for document in self.documents if isinstance(document, dict))
+
+    @property
     def rules(self) -> tuple[Rule, ...]:
         return tuple(rule for level in self.levels for rule in level)
 
@@ -205,7 +211,7 @@ def parse_policy(document: Node, *, shared: bool = False) -> Policy:
         document.fail("a policy needs rules, or extends another")
     rules = table["rules"].mapping() if "rules" in table else {}
     return Policy(
-        name=table["name"].text(),
+        name=_parse_name(table["name"]),
         mark=document.mark,
         levels=(tuple(_parse_rule(key, node, shared) for key, node in rules.items()),),
         variables={key: _expression(node) for key, node in _optional(table, "vars").items()},
@@ -215,6 +221,12 @@ def parse_policy(document: Node, *, shared: bool = False) -> Policy:
         description=table["description"].text() if "description" in table else "",
         documents=(document.plain(),),
     )
+
+
+def _parse_name(node: Node) -> str:
+    """Names stand in messages, and are given on the command line."""
+    name = node.text()
+    return name if re.fullmatch(r"[\w.+-]{1,100}", name) else node.fail("must be one word of letters, digits and . _ + -")
 
 
 def _optional(table: Mapping[str, Node], key: str) -> Mapping[str, Node]:

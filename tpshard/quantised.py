@@ -18,8 +18,9 @@ _SUFFIXES = ("_blocks", "_scales")
 def refuse_quantised(checkpoint: Checkpoint) -> None:
     """Raises InputError where config.json or a tensor's name tells of quantisation."""
     quantisation = checkpoint.config.get("quantization_config")
-    if isinstance(quantisation, dict):
-        method = printable(str(quantisation.get("quant_method", "unknown")), 40)
+    if quantisation is not None:
+        named = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else quantisation
+        method = printable(str(named), 40)
         raise InputError(f"{checkpoint.folder}: is quantised ({method}); only dense checkpoints are cut", hint=_HINT)
     for name in checkpoint.tensors:
         leaf = name.rpartition(".")[2]

@@ -68,7 +68,8 @@ class Staging:
 
     def __init__(self, target: Path) -> None:
         self.target = target
-        self.folder = target.resolve().parent / f".{target.name}.tpshard-{secrets.token_hex(4)}"
+        self._place = target.resolve()
+        self.folder = self._place.parent / f".{self._place.name[:40]}.tpshard-{secrets.token_hex(4)}"
         self._created: list[Path] = []
         self._folders: list[Path] = []
         self._synced = 0
@@ -85,12 +86,12 @@ class Staging:
         path = self.folder / name
         with storage_errors(path):
             self._make_folders(path.parent)
-            file = path.open("xb", buffering=BUFFER)
-        self._created.append(path)
-        return file
+            self._created.append(path)  # before it is: an interrupt may come between
+            return path.open("xb", buffering=BUFFER)
 
     def write(self, name: str, content: bytes) -> None:
-        with self.create(name) as file, storage_errors(file.name):
+        """A new file with this content."""
+        with storage_errors(self.folder / name), self.create(name) as file:  # closing writes, too
             file.write(content)
 
     def sync(self) -> None:
@@ -107,7 +108,7 @@ class Staging:
             for folder in reversed(self._folders):
                 _sync(folder, os.O_RDONLY | os.O_DIRECTORY)
             try:
-                os.rename(self.folder, self.target.resolve())
+                os.rename(self.folder, self._place)
             except OSError as error:
                 if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                     raise UsageError(f"{self.target}: came into use while this ran", hint="give a new folder") from None
@@ -130,8 +131,8 @@ class Staging:
     def _make_folders(self, folder: Path) -> None:
         if folder not in self._folders:
             self._make_folders(folder.parent)
-            folder.mkdir()
             self._folders.append(folder)
+            folder.mkdir()
 
 
 def _sync(path: Path, flags: int) -> None:

@@ -37,7 +37,7 @@ def loop(source: Path, target: Path, ranks: int) -> None:
     for rank in range(ranks):
         own: dict[str, torch.Tensor] = {}
         for name, file in index.items():
-            part = files[file].get_slice(name)
+            part = files[file].get_slice(name)  # type: ignore[no-untyped-call]
             own[name] = part[cut(axis_of(name), part.get_shape(), rank, ranks)].contiguous()
         save_file(own, target / f"rank-{rank}.safetensors")
 

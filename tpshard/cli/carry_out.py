@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import click
-
 from tpshard.cli import render
 from tpshard.convert import Conversion, Options, run
 from tpshard.summary import summarise
@@ -22,7 +20,7 @@ class Manner:
 
 
 def carry_out(command: str, conversion: Conversion, options: Options, manner: Manner) -> None:
-    render.warn(conversion.warnings, manner.strict)
+    render.warn(conversion.warnings, manner.strict, manner.quiet)
     summary = summarise(conversion)
     done = None
     if not manner.dry_run:
@@ -32,6 +30,6 @@ def carry_out(command: str, conversion: Conversion, options: Options, manner: Ma
     if manner.as_json:
         render.emit(render.done_json(command, conversion, done, summary))
     elif not manner.quiet:
-        click.echo(
+        render.say(
             render.done_text(command, conversion, done) if done else render.plan_text(conversion, summary)
         )

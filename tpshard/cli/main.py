@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import json
 import os
@@ -12,7 +13,7 @@ from typing import NoReturn
 import click
 
 from tpshard import __version__
-from tpshard.errors import TpshardError, UsageError
+from tpshard.errors import TpshardError, UsageError, printable
 
 COMMANDS = {
     "split": "Cut a full checkpoint for tensor parallelism.",
@@ -40,6 +41,15 @@ class LazyGroup(click.Group):
         assert isinstance(command, click.Command)
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            close = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            hint = f"did you mean '{close[0]}'?" if close else f"commands: {', '.join(COMMANDS)}"
+            raise UsageError(f"there is no command '{printable(args[0], 40)}'", hint=hint)
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
@@ -63,7 +73,9 @@ def tpshard() -> None:
 
 def main() -> NoReturn:
     """Run the command line and exit."""
-    signal.signal(signal.SIGTERM, _terminated)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, _terminated)
     sys.exit(_run(sys.argv[1:]))
 
 
@@ -80,6 +92,9 @@ def _run(arguments: list[str]) -> int:
         return _fail(error, arguments)
     except click.exceptions.Exit as error:
         return error.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        return 0
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         hint = f"see: {context.command_path} --help" if context else None
@@ -90,6 +105,9 @@ def _run(arguments: list[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        where = f"{printable(str(error.filename))}: " if error.filename else ""
+        return _report("storage", f"{where}{error.strerror or error}", None, 5, arguments)
     except MemoryError:
         return _report("storage", "not enough memory", "run with fewer --workers", 5, arguments)
     except Exception as error:
@@ -106,7 +124,7 @@ def _fail(error: TpshardError, arguments: list[str]) -> int:
 def _report(kind: str, message: str, hint: str | None, code: int, arguments: list[str]) -> int:
     """One line on stderr; with --json an object on stdout as well."""
     line = f"{message} ({hint})" if hint else message
-    click.echo(f"tpshard: error: {line}", err=True)
+    click.echo(f"tpshard: error: {printable(line, 4000)}", err=True)
     if "--json" in arguments:
         command = next((word for word in arguments if word in COMMANDS), None)
         error = {"kind": kind, "message": message, "hint": hint, "exit_code": code}

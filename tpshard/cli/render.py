@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from tpshard.convert import Conversion, Done
-from tpshard.errors import UsageError
+from tpshard.errors import UsageError, printable
 from tpshard.summary import Summary
 
 
@@ -42,16 +42,22 @@ def table(rows: Sequence[Sequence[str]], right: frozenset[int] = frozenset()) ->
     return "\n".join(lines)
 
 
+def say(text: str) -> None:
+    """Text on stdout; bytes of a path that are not UTF-8 as escapes, which JSON reads, too."""
+    click.echo(text.encode("utf-8", "backslashreplace").decode("utf-8"))
+
+
 def emit(data: dict[str, Any]) -> None:
-    click.echo(json.dumps(data, indent=1, ensure_ascii=False))
+    """One JSON object on stdout."""
+    say(json.dumps(data, indent=1, ensure_ascii=False))
 
 
-def warn(warnings: Sequence[str], strict: bool = False) -> None:
-    """Warnings on stderr; with ``strict`` the first is an error."""
+def warn(warnings: Sequence[str], strict: bool = False, quiet: bool = False) -> None:
+    """Warnings on stderr; with ``strict`` the first is an error; with ``quiet`` they are not shown."""
     if warnings and strict:
         raise UsageError(warnings[0], hint="--strict makes warnings errors")
-    for warning in warnings:
-        click.echo(f"tpshard: warning: {warning}", err=True)
+    for warning in () if quiet else warnings:
+        click.echo(f"tpshard: warning: {printable(warning, 4000)}", err=True)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,75 @@
+"""A model that transformers does not know, for ``--model tests.a_model:build``: two towers and a head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    """Embedding by vocabulary, a column and a row layer around a norm of the whole, a gathered head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(101, 14)
+        self.up = nn.Linear(14, 33)
+        self.down = nn.Linear(33, 14)
+        self.norm = nn.LayerNorm(14)
+        self.head = nn.Linear(14, 9)
+        self.unused = nn.Linear(14, 6)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.words(tokens)
+        x = self.norm(x + self.down(torch.relu(self.up(x))))
+        head: torch.Tensor = self.head(x)
+        return head
+
+
+class NetThatUsesAll(Net):
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.words(tokens)
+        x = self.norm(x + self.down(torch.relu(self.up(x))))
+        return torch.cat([self.head(x), self.unused(x)], dim=-1)
+
+
+class NetThatBreaks(NetThatUsesAll):
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        if bool((self.up.weight[0] == 0).all()):  # so on every rank but the one that holds row 0
+            raise RuntimeError("not on this rank")
+        return super().forward(tokens)
+
+
+class NetThatTakesAnotherWay(NetThatUsesAll):
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        if bool((self.up.weight[0] == 0).all()):
+            return self.head(self.words(tokens))  # type: ignore[no-any-return]
+        return super().forward(tokens)
+
+
+TOKENS = torch.arange(0, 100, 2).reshape(2, 25)
+
+
+def build(config: dict[str, Any]) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    return NetThatUsesAll(), {"tokens": TOKENS}
+
+
+def build_partly_used(config: dict[str, Any]) -> tuple[nn.Module, tuple[torch.Tensor]]:
+    return Net(), (TOKENS,)
+
+
+def build_breaking(config: dict[str, Any]) -> tuple[nn.Module, tuple[torch.Tensor]]:
+    return NetThatBreaks(), (TOKENS,)
+
+
+def build_other_way(config: dict[str, Any]) -> tuple[nn.Module, tuple[torch.Tensor]]:
+    return NetThatTakesAnotherWay(), (TOKENS,)
+
+
+def build_another(config: dict[str, Any]) -> tuple[nn.Module, tuple[torch.Tensor]]:
+    return nn.Linear(3, 5), (TOKENS,)
+
+
+def build_nothing(config: dict[str, Any]) -> None:
+    return None
