@@ -7,8 +7,9 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
-from tests.build import policy_file, tiny_checkpoint
 from hypothesis import HealthCheck, settings
+
+from tests.build import policy_file, tiny_checkpoint
 
 settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None)
 settings.register_profile("deep", settings.get_profile("here"), max_examples=3000)

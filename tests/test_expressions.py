@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tpshard.errors import PolicyError
-from tpshard.expressions import Missing, evaluate
+from tpshard.expressions import MissingKeyError, evaluate
 
 CONFIG: dict[str, Any] = {
     "num_attention_heads": 6,
@@ -78,7 +78,7 @@ def test_variables_come_before_the_config() -> None:
     ],
 )
 def test_missing(text: str, message: str) -> None:
-    with pytest.raises(Missing) as caught:
+    with pytest.raises(MissingKeyError) as caught:
         evaluate(text, CONFIG)
     assert str(caught.value) == message
 
@@ -127,20 +127,20 @@ def test_missing(text: str, message: str) -> None:
 def test_refused(text: str, message: str) -> None:
     with pytest.raises(PolicyError) as caught:
         evaluate(text, CONFIG)
-    assert not isinstance(caught.value, Missing)
+    assert not isinstance(caught.value, MissingKeyError)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_python_attributes_are_out_of_reach() -> None:
-    with pytest.raises(Missing):
+    with pytest.raises(MissingKeyError):
         evaluate("name.__class__", CONFIG)
-    with pytest.raises(Missing):
+    with pytest.raises(MissingKeyError):
         evaluate("text_config.items", CONFIG)
 
 
 def test_a_circle_of_variables_ends() -> None:
-    with pytest.raises(Missing):
+    with pytest.raises(MissingKeyError):
         evaluate("a", {}, {"a": "b", "b": "a"})
 
 
@@ -165,7 +165,9 @@ def test_variables_that_multiply_are_refused_in_time(variables: dict[str, str], 
 
 leaves = st.sampled_from(["a", "b", "c", "1", "2", "13"])
 sums = st.recursive(
-    leaves, lambda inner: st.tuples(inner, st.sampled_from("+-*"), inner).map(lambda t: f"({t[0]} {t[1]} {t[2]})"), max_leaves=8
+    leaves,
+    lambda inner: st.tuples(inner, st.sampled_from("+-*"), inner).map(lambda t: f"({t[0]} {t[1]} {t[2]})"),
+    max_leaves=8,
 )
 
 

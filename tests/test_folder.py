@@ -344,7 +344,8 @@ def test_names_that_no_manifest_can_record(tmp_path: Path, name: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["l.qweight", "l.weight_scale", "l.weight_scale_inv", "l.SCB", "l.weight_packed", "experts.down_proj_blocks"]
+    "name",
+    ["l.qweight", "l.weight_scale", "l.weight_scale_inv", "l.SCB", "l.weight_packed", "experts.down_proj_blocks"],
 )
 def test_companions_of_quantised_weights(tmp_path: Path, name: str) -> None:
     save(tmp_path / "model.safetensors", {**ONE, name: Tensor("U8", (1,), b"1")})

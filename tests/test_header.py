@@ -67,7 +67,15 @@ def test_tensors_lie_in_the_order_of_their_data(path: Path) -> None:
 
 
 def test_tensors_without_cells_share_an_offset(path: Path) -> None:
-    save(path, {"a": Tensor("F32", (0, 5), b""), "b": tensor("F32", (2,)), "c": Tensor("I64", (3, 0), b""), "d": Tensor("U8", (0,), b"")})
+    save(
+        path,
+        {
+            "a": Tensor("F32", (0, 5), b""),
+            "b": tensor("F32", (2,)),
+            "c": Tensor("I64", (3, 0), b""),
+            "d": Tensor("U8", (0,), b""),
+        },
+    )
     assert [(name, held.shape, held.size) for name, held in read_header(path).entries.items()] == [
         ("a", (0, 5), 0), ("b", (2,), 8), ("c", (3, 0), 0), ("d", (0,), 0),
     ]  # fmt: skip
@@ -75,7 +83,13 @@ def test_tensors_without_cells_share_an_offset(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "header",
-    [{}, {"__metadata__": None}, {"__metadata__": {}}, {"__metadata__": {"": ""}}, {"__metadata__": {"a": "\x1b\u202e"}}],
+    [
+        {},
+        {"__metadata__": None},
+        {"__metadata__": {}},
+        {"__metadata__": {"": ""}},
+        {"__metadata__": {"a": "\x1b\u202e"}},
+    ],
 )
 def test_files_without_tensors_and_odd_metadata(path: Path, header: dict[str, Any]) -> None:
     path.write_bytes(file_bytes(header))
@@ -371,7 +385,7 @@ tensors = st.dictionaries(
 )
 
 
-@given(tensors, st.dictionaries(st.text("abc", min_size=1, max_size=3), st.text("xyz\"\\\n", max_size=4), max_size=3))
+@given(tensors, st.dictionaries(st.text("abc", min_size=1, max_size=3), st.text('xyz"\\\n', max_size=4), max_size=3))
 def test_what_is_written_is_read(
     tmp_path_factory: pytest.TempPathFactory, wanted: dict[str, tuple[str, list[int]]], metadata: dict[str, str]
 ) -> None:

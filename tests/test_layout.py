@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.build import Tensor, load, save
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tests.oracle import Deal, deals, shapes
 
+from tests.build import Tensor, load, save
+from tests.oracle import Deal, deals, shapes
 from tpshard import execute as execute_module
 from tpshard.blocks import extract, fill
 from tpshard.checkpoint import Checkpoint, Place, Stored, WeightFile, open_full
@@ -78,7 +78,9 @@ def test_a_layout_refuses_shards_of_other_tensors() -> None:
 
 def test_a_fused_block_is_cut_in_each_part() -> None:
     """q | k | v of 4, 2 and 2 rows on two ranks: rows 0-1, 4, 6 and rows 2-3, 5, 7."""
-    layout = Layout.along((8, 3), 0, [(Span(0, 2), Span(4, 5), Span(6, 7)), (Span(2, 4), Span(5, 6), Span(7, 8))], [4, 4])
+    layout = Layout.along(
+        (8, 3), 0, [(Span(0, 2), Span(4, 5), Span(6, 7)), (Span(2, 4), Span(5, 6), Span(7, 8))], [4, 4]
+    )
     first = [(piece.box.start, piece.box.stop, piece.at) for piece in layout.shards[0].pieces()]  # type: ignore[union-attr]
     assert first == [((0, 0), (2, 3), (0, 0)), ((4, 0), (5, 3), (2, 0)), ((6, 0), (7, 3), (3, 0))]
     assert layout.cut_axes == (0,)
@@ -208,7 +210,8 @@ def aligned(deal: Deal) -> bool:
         return False
     runs = [(axes[-1][0], axes[-1][1]) for axes in deal.ranks if axes]
     return all(
-        size % 2 == 0 and all((a in held) == (a + 1 in held) for a in range(0, deal.shape[-1], 2)) for held, size in runs
+        size % 2 == 0 and all((a in held) == (a + 1 in held) for a in range(0, deal.shape[-1], 2))
+        for held, size in runs
     )
 
 

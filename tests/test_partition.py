@@ -158,10 +158,12 @@ def test_blocks_are_the_oracle(case: tuple[int, list[tuple[int, int]]], ranks: i
     assert same(cut_layout((size,), 0, cut, ranks), blocks(parts, ranks))
 
 
-@given(st.integers(0, 30).flatmap(lambda size: st.tuples(st.just(size), block_lists(size))), st.integers(1, 8), st.booleans())
-def test_refused_exactly_where_not_legal(
-    case: tuple[int, list[tuple[int, int]]], ranks: int, replicable: bool
-) -> None:
+@given(
+    st.integers(0, 30).flatmap(lambda size: st.tuples(st.just(size), block_lists(size))),
+    st.integers(1, 8),
+    st.booleans(),
+)
+def test_refused_exactly_where_not_legal(case: tuple[int, list[tuple[int, int]]], ranks: int, replicable: bool) -> None:
     size, parts = case
     cut = Cut(tuple(Block(count, width) for count, width in parts), replicable=replicable)
     if ranks in legal_ranks([cut], 8):

@@ -118,14 +118,17 @@ def test_no_pattern_takes_long(key: str, name: str) -> None:
 def as_regex(segments: tuple[str, ...]) -> str:
     """The meaning of a pattern over segments that each end in a dot, as a regular expression."""
     text = "".join(
-        r"(?:[^.]*\.)*" if segment == "**" else re.escape(segment).replace(r"\*", "[^.]*") + r"\." for segment in segments
+        r"(?:[^.]*\.)*" if segment == "**" else re.escape(segment).replace(r"\*", "[^.]*") + r"\."
+        for segment in segments
     )
     return rf"(?:[^.]*\.)*{text}"
 
 
 names = st.lists(st.text("ab0", max_size=3), min_size=1, max_size=5).map(".".join)
 keys = st.lists(
-    st.one_of(st.just("**"), st.text("ab*", min_size=1, max_size=4).filter(lambda t: "**" not in t)), min_size=1, max_size=4
+    st.one_of(st.just("**"), st.text("ab*", min_size=1, max_size=4).filter(lambda t: "**" not in t)),
+    min_size=1,
+    max_size=4,
 )
 
 

@@ -194,7 +194,9 @@ def test_refused(case: str) -> None:
     text, message = REFUSED[case]
     with pytest.raises(PolicyError) as caught:
         policy(text)
-    assert message in str(caught.value).replace("is not part of a name; only * ** and {a,b} are special", "is special") or message in str(caught.value)
+    assert message in str(caught.value).replace(
+        "is not part of a name; only * ** and {a,b} are special", "is special"
+    ) or message in str(caught.value)
     assert str(caught.value).startswith("p.yaml:")
     assert "\n" not in str(caught.value)
 
@@ -226,7 +228,10 @@ def test_two_rules_of_one_document_for_a_tensor() -> None:
 
 def test_the_first_level_that_matches_decides(tmp_path: Path) -> None:
     found = two_levels(tmp_path, "rules:\n  fc: replicate\n", "rules:\n  fc: row\n  proj: column\n")
-    assert [(found.match(f"h.{name}.weight") or found.rules[0]).kind for name in ("fc", "proj")] == ["replicate", "column"]
+    assert [(found.match(f"h.{name}.weight") or found.rules[0]).kind for name in ("fc", "proj")] == [
+        "replicate",
+        "column",
+    ]
 
 
 def test_variables_of_the_nearest_level(tmp_path: Path) -> None:
@@ -259,7 +264,7 @@ def assigned(text: str, ranks: int, kv_heads: int = 3, **more: Any) -> dict[str,
 @pytest.mark.parametrize(("kv_heads", "ranks"), [(3, 1), (3, 3), (3, 6), (2, 2), (2, 6), (1, 2), (1, 3), (1, 6)])
 def test_the_tiny_model(kv_heads: int, ranks: int) -> None:
     """Every tensor, against index arrays written out by hand."""
-    from tests.build import expected_shards, tensor  # noqa: PLC0415
+    from tests.build import expected_shards, tensor
 
     shapes = tiny_shapes(kv_heads)
     tensors = {name: tensor("F32", shape, 1) for name, shape in shapes.items()}
@@ -275,7 +280,9 @@ def test_the_tiny_model(kv_heads: int, ranks: int) -> None:
             assert np.array_equal(own, expected[name]), name
 
 
-@pytest.mark.parametrize(("ranks", "what"), [(4, "6 units cannot be dealt to 4 ranks"), (2, "3 units cannot be dealt to 2 ranks")])
+@pytest.mark.parametrize(
+    ("ranks", "what"), [(4, "6 units cannot be dealt to 4 ranks"), (2, "3 units cannot be dealt to 2 ranks")]
+)
 def test_ranks_that_do_not_go_name_those_that_do(ranks: int, what: str) -> None:
     with pytest.raises(PolicyError) as caught:
         assigned(POLICY, ranks)
@@ -422,7 +429,9 @@ def test_auto_for_an_unknown_architecture(model_type: object) -> None:
 def test_extends_that_go_nowhere_or_round(tmp_path: Path) -> None:
     path = tmp_path / "p.yaml"
     path.write_text("name: a\nextends: lama\n")
-    with pytest.raises(PolicyError, match=r"p.yaml:1:1: extends 'lama', which does not exist \(did you mean 'llama'\?\)"):
+    with pytest.raises(
+        PolicyError, match=r"p.yaml:1:1: extends 'lama', which does not exist \(did you mean 'llama'\?\)"
+    ):
         read_policies(path)
     path.write_text("name: a\nextends: b\n---\nname: b\nextends: a\n")
     with pytest.raises(PolicyError, match="policies extend one another in a circle: a → b"):
@@ -437,7 +446,9 @@ def test_extends_that_go_nowhere_or_round(tmp_path: Path) -> None:
 
 def test_a_long_chain_of_extends(tmp_path: Path) -> None:
     path = tmp_path / "p.yaml"
-    path.write_text("---\n".join(f"name: a{n}\nextends: a{n + 1}\n" for n in range(3000)) + "---\nname: a3000\nrules: {}\n")
+    path.write_text(
+        "---\n".join(f"name: a{n}\nextends: a{n + 1}\n" for n in range(3000)) + "---\nname: a3000\nrules: {}\n"
+    )
     with pytest.raises(PolicyError, match="extend one another more than"):
         read_policies(path)
 

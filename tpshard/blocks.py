@@ -128,5 +128,3 @@ def extract(shard: Shard, slab: Box, data: Bytes) -> tuple[int, memoryview] | No
     for inside, own in found:
         block[own.translate(shift).slices()] = data[inside.slices()]
     return linear(cover.start, shard.shape), block.reshape(-1).data
-
-

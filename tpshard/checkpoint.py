@@ -209,7 +209,9 @@ class Opening:
             folder=self.folder,
             ranks=self.manifest.ranks,
             files=tuple(self.files),
-            tensors={r.name: Stored(r.name, r.dtype, r.layout, tuple(self._places[r.name]), r.source, r) for r in records},
+            tensors={
+                r.name: Stored(r.name, r.dtype, r.layout, tuple(self._places[r.name]), r.source, r) for r in records
+            },
             config=read_config(self.folder),
             carried=tuple(record.name for record in self.manifest.carried),
             manifest=self.manifest,

@@ -35,7 +35,7 @@ class Options:
     max_shard_size: int | None = None
     digest: str = DEFAULT_DIGEST
     workers: int = 0
-    progress: Callable[[int], None] = lambda count: None
+    progress: Callable[[int], object] = lambda count: None
 
     @property
     def threads(self) -> int:
@@ -193,16 +193,11 @@ def _self_description(group: Sequence[Item], rank: int, ranks: int, part: int, p
     }
 
 
-def _manifest(
-    conversion: Conversion, written: Written, carried: tuple[CarriedRecord, ...], algorithm: str
-) -> Manifest:
+def _manifest(conversion: Conversion, written: Written, carried: tuple[CarriedRecord, ...], algorithm: str) -> Manifest:
     plan, policy = conversion.plan, conversion.policy
     assert policy is not None
     part_of = {
-        index: output.part
-        for output in plan.outputs
-        if output.rank == 0
-        for index in range(output.first, output.last)
+        index: output.part for output in plan.outputs if output.rank == 0 for index in range(output.first, output.last)
     }
     records = {
         item.stored.name: TensorRecord(

@@ -82,5 +82,5 @@ def make_checkpoint(folder: Path, seed: int = 0) -> int:
 def _bfloat16(random: np.random.Generator, shape: Shape) -> bytes:
     """Weights of trained size; norms around one. BF16 is the upper half of a float32."""
     values = random.standard_normal(shape, dtype=np.float32)
-    values = 1 + values / 10 if len(shape) == 1 else values / np.float32(shape[-1] ** 0.5)
+    values = (1 + values / 10 if len(shape) == 1 else values / shape[-1] ** 0.5).astype(np.float32)
     return (values.astype("<f4").view("<u4") >> 16).astype("<u2").tobytes()

@@ -69,7 +69,7 @@ class Node:
         if isinstance(self.value, str) and self.value in words:
             return self.value
         shown = f"'{printable(str(self.value))}'" if isinstance(self.value, str | int) else self.kind
-        self.fail(f"must be one of {', '.join(words)}; is {shown}", hint=did_you_mean(self.value, words))
+        return self.fail(f"must be one of {', '.join(words)}; is {shown}", hint=did_you_mean(self.value, words))
 
     def known_keys(self, keys: Sequence[str]) -> Mapping[str, Node]:
         """The mapping, after refusing keys that are not in ``keys``."""
@@ -220,5 +220,7 @@ def _scalar(node: yaml.ScalarNode, mark: Mark, trail: str) -> str | int | bool:
     if _NUMBER_LIKE.fullmatch(text):
         raise PolicyError(f"{where}'{text}' is not a plain whole number", hint="write it in decimal, or quote it")
     if text.lower() in _YAML_11_WORDS or text in ("True", "False", "TRUE", "FALSE"):
-        raise PolicyError(f"{where}'{text}' means different things in different YAML versions", hint="use true or false, or quote it")
+        raise PolicyError(
+            f"{where}'{text}' means different things in different YAML versions", hint="use true or false, or quote it"
+        )
     return text

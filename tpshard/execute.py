@@ -30,7 +30,7 @@ from tpshard.staging import Staging, storage_errors
 SLAB = 4 * 2**20  # bytes; larger gains nothing here and leaves the caches
 MAX_OPEN = 64
 
-Progress = Callable[[int], None]
+Progress = Callable[[int], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +150,8 @@ def _at_least(buffer: Bytes, size: int) -> Bytes:
 def _compare(stored: Stored, digest: str) -> None:
     if stored.record is not None and digest != stored.record.digest:
         raise InputError(
-            f"{printable(stored.name)}: the rebuilt bytes have digest {digest}, the manifest recorded {stored.record.digest}",
+            f"{printable(stored.name)}: the rebuilt bytes have digest {digest}, the manifest recorded "
+            f"{stored.record.digest}",
             hint="a shard was changed or damaged; tpshard verify tells which",
         )
 

@@ -17,7 +17,7 @@ MAX_VALUE = 2**53
 MAX_STEPS = 10_000  # variables that use others twice each would take 2^n
 
 
-class Missing(PolicyError):
+class MissingKeyError(PolicyError):
     """A key that the config does not have."""
 
 
@@ -35,9 +35,7 @@ def evaluate(text: str, config: Mapping[str, Any], variables: Mapping[str, str |
         raise PolicyError(f"'{printable(text)}' leads through too many variables") from None
 
 
-def _evaluate(
-    text: str, config: Mapping[str, Any], variables: Mapping[str, str | int], steps: Iterator[int]
-) -> int:
+def _evaluate(text: str, config: Mapping[str, Any], variables: Mapping[str, str | int], steps: Iterator[int]) -> int:
     if len(text) > MAX_LENGTH:
         raise PolicyError(f"an expression of {len(text)} characters, at most {MAX_LENGTH} are read")
     try:
@@ -46,7 +44,7 @@ def _evaluate(
         raise PolicyError(f"'{printable(text)}' is not an expression over config keys") from None
     value = _Evaluation(config, variables, text, steps).value(tree)
     if value is None:
-        raise Missing(f"'{printable(text)}' is not in the config{_absent(tree, config, variables)}")
+        raise MissingKeyError(f"'{printable(text)}' is not in the config{_absent(tree, config, variables)}")
     return _integer(value, text)
 
 
@@ -92,7 +90,7 @@ class _Evaluation:
         rest = {key: value for key, value in self.variables.items() if key != name}
         try:
             return _evaluate(text, self.config, rest, self.steps)
-        except Missing:
+        except MissingKeyError:
             return None
 
     def _item(self, items: Any, index: Any) -> Any:

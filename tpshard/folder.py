@@ -66,14 +66,19 @@ def find_weights(folder: Path) -> WeightFiles:
     indexes = [name for name in present if name.endswith(INDEX_SUFFIX)]
     files = [name for name in present if name.endswith(".safetensors")]
     if len(indexes) > 1:
-        raise InputError(f"{folder}: has {len(indexes)} indexes: {', '.join(indexes)}", hint="keep the one that is meant")
+        raise InputError(
+            f"{folder}: has {len(indexes)} indexes: {', '.join(indexes)}", hint="keep the one that is meant"
+        )
     if indexes:
         return _indexed(folder, indexes[0], files)
     weights = [name for name in files if not name.startswith("adapter_model")]
     if len(weights) == 1:
         return WeightFiles((weights[0],), None)
     if weights:
-        raise InputError(f"{folder}: has {len(weights)} safetensors files and no index", hint="model.safetensors.index.json is missing")
+        raise InputError(
+            f"{folder}: has {len(weights)} safetensors files and no index",
+            hint="model.safetensors.index.json is missing",
+        )
     raise _nothing_found(folder, present)
 
 
@@ -93,7 +98,9 @@ def _nothing_found(folder: Path, present: list[str]) -> InputError:
     pickles = [name for name in present if name.endswith(_PICKLES)]
     partial = [name for name in present if name.endswith((".incomplete", ".safetensors.gz"))]
     if adapters:
-        return InputError(f"{folder}: holds an adapter ({adapters[0]}), not a model", hint="merge it into its base first")
+        return InputError(
+            f"{folder}: holds an adapter ({adapters[0]}), not a model", hint="merge it into its base first"
+        )
     if partial:
         return InputError(f"{folder}: {partial[0]} is an unfinished download or compressed", hint="finish it first")
     if pickles:

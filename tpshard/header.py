@@ -213,7 +213,9 @@ def _check_covered(entries: Mapping[str, Entry], data_start: int, file_size: int
             raise InputError(f"{path}: {printable(name)}: {what} {printable(before)} (at {at})")
         end, before = entry.offset + entry.size, name
     if end > file_size:
-        raise InputError(f"{path}: {printable(before)} ends at byte {end}, the file at {file_size}", hint="it is truncated")
+        raise InputError(
+            f"{path}: {printable(before)} ends at byte {end}, the file at {file_size}", hint="it is truncated"
+        )
     if end < file_size:
         raise InputError(f"{path}: {file_size - end} bytes follow the last tensor, which ends at byte {end}")
 

@@ -241,11 +241,13 @@ def _joined(tiles: list[tuple[int, Piece]]) -> list[tuple[int, Piece]]:
             if len(differ) == 1:
                 axis = differ[0]
                 same_rest = all(
-                    a == b
-                    for k, (a, b) in enumerate(zip(last.box.stop, piece.box.stop, strict=True))
-                    if k != axis
+                    a == b for k, (a, b) in enumerate(zip(last.box.stop, piece.box.stop, strict=True)) if k != axis
                 )
-                if same_rest and last.box.stop[axis] == piece.box.start[axis] and last.local.stop[axis] == piece.at[axis]:
+                if (
+                    same_rest
+                    and last.box.stop[axis] == piece.box.start[axis]
+                    and last.local.stop[axis] == piece.at[axis]
+                ):
                     out[-1] = (rank, Piece(Box(last.box.start, piece.box.stop), last.at))
                     continue
         out.append((rank, piece))

@@ -22,6 +22,10 @@ from tpshard.roles import Gather, Kind, Role
 
 FORMAT = "tpshard-manifest"
 VERSION = 1
+MAX_RANKS = 4096  # bounds memory on a hostile manifest; split refuses more as well
+KEYS = frozenset(
+    {"format", "version", "ranks", "digest", "policy", "sources", "files", "carried", "layouts", "roles", "tensors"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +105,7 @@ def _shard_as_data(shard: Shard | None, whole: Shape) -> dict[str, Any] | None:
     if shard is None:
         return None
     full = Shard.whole(whole).spans
-    spans = {
-        str(axis): [list(run) for run in runs] for axis, runs in enumerate(shard.spans) if runs != full[axis]
-    }
+    spans = {str(axis): [list(run) for run in runs] for axis, runs in enumerate(shard.spans) if runs != full[axis]}
     return {"shape": list(shard.shape), "spans": spans}
 
 
@@ -188,8 +190,11 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _manifest_from(data: Mapping[str, Any]) -> Manifest:
     ranks = _count(data["ranks"], "ranks")
-    if ranks < 1:
-        raise InputError(f"ranks is {ranks}")
+    if not 1 <= ranks <= MAX_RANKS:
+        raise InputError(f"ranks is {ranks}, must be from 1 to {MAX_RANKS}")
+    unknown = sorted(set(data) - KEYS)
+    if unknown:
+        raise InputError(f"unknown field '{printable(unknown[0])}'")
     if data["digest"] not in ALGORITHMS:
         raise InputError(f"digest {printable(repr(data['digest']), 40)} is unknown")
     layouts = [_layout_from(item) for item in data["layouts"]]
@@ -204,7 +209,9 @@ def _manifest_from(data: Mapping[str, Any]) -> Manifest:
         sources=tuple(SourceFile(_bare(s["name"]), _texts(s["metadata"])) for s in data["sources"]),
         tensors=tuple(_tensor_from(item, layouts, roles, ranks) for item in data["tensors"]),
         files=tuple(_file_from(item) for item in data["files"]),
-        carried=tuple(CarriedRecord(_relative(c["name"]), _count(c["size"], "size"), str(c["digest"])) for c in data["carried"]),
+        carried=tuple(
+            CarriedRecord(_relative(c["name"]), _count(c["size"], "size"), str(c["digest"])) for c in data["carried"]
+        ),
     )
     _check_whole(manifest)
     return manifest
@@ -214,6 +221,10 @@ def _check_whole(manifest: Manifest) -> None:
     check_names((record.name for record in manifest.tensors), "tensors")
     if len({record.name for record in manifest.tensors}) != len(manifest.tensors):
         raise InputError("a tensor is listed twice")
+    for kind in (manifest.sources, manifest.carried):
+        names = [record.name for record in kind]
+        if len(set(names)) != len(names):
+            raise InputError("a source file or a carried file is listed twice")
     places = {(record.rank, record.part) for record in manifest.files}
     if len(places) != len(manifest.files) or len({record.name for record in manifest.files}) != len(manifest.files):
         raise InputError("a file, or a rank's part, is listed twice")
@@ -248,9 +259,7 @@ def _role_from(item: Mapping[str, Any]) -> Role:
     return Role(cast(Kind, item["rule"]), cast(Gather, item["gather"]), str(item["pattern"]))
 
 
-def _tensor_from(
-    item: Mapping[str, Any], layouts: Sequence[Layout], roles: Sequence[Role], ranks: int
-) -> TensorRecord:
+def _tensor_from(item: Mapping[str, Any], layouts: Sequence[Layout], roles: Sequence[Role], ranks: int) -> TensorRecord:
     name = str(item["name"])
     shards = item.get("shards", [None] * ranks)
     if item["dtype"] not in DTYPE_BITS:

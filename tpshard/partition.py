@@ -99,9 +99,7 @@ def legal_ranks(cuts: Iterable[Cut], most: int = LARGEST_TP_LISTED) -> list[int]
 
 def _fits(cut: Cut, ranks: int) -> bool:
     return bool(cut.uneven or cut.pad) or all(
-        not block.named
-        or block.count % ranks == 0
-        or (cut.replicable and block.count > 0 and ranks % block.count == 0)
+        not block.named or block.count % ranks == 0 or (cut.replicable and block.count > 0 and ranks % block.count == 0)
         for block in cut.blocks
     )
 

@@ -35,7 +35,7 @@ def plan(have: Layout, want: Layout, bits: int) -> Transfer:
 
     >>> transfer = plan(Layout.replicated((4, 3), 1), Layout.replicated((4, 3), 2), 16)
     >>> transfer.shape, len(transfer.reads), len(transfer.writes)
-    ((4, 6), 1, 2)
+    ((24,), 1, 2)
     """
     if have.shape != want.shape:
         raise ValueError(f"a tensor of {list(have.shape)} cannot become one of {list(want.shape)}")

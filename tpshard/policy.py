@@ -226,7 +226,9 @@ def parse_policy(document: Node, *, shared: bool = False) -> Policy:
 def _parse_name(node: Node) -> str:
     """Names stand in messages, and are given on the command line."""
     name = node.text()
-    return name if re.fullmatch(r"[\w.+-]{1,100}", name) else node.fail("must be one word of letters, digits and . _ + -")
+    return (
+        name if re.fullmatch(r"[\w.+-]{1,100}", name) else node.fail("must be one word of letters, digits and . _ + -")
+    )
 
 
 def _optional(table: Mapping[str, Node], key: str) -> Mapping[str, Node]:

@@ -8,8 +8,8 @@ from tpshard.errors import InputError, printable
 
 _COMPANIONS = frozenset(
     {
-        "qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale", "weight_scale_inv", "weight_zero_point",
-        "SCB", "absmax", "quant_map", "weight_format", "input_scale", "weight_shape",
+        "qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale", "weight_scale_inv",
+        "weight_zero_point", "SCB", "absmax", "quant_map", "weight_format", "input_scale", "weight_shape",
     }
 )  # fmt: skip
 _SUFFIXES = ("_blocks", "_scales")

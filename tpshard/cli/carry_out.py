@@ -30,6 +30,4 @@ def carry_out(command: str, conversion: Conversion, options: Options, manner: Ma
     if manner.as_json:
         render.emit(render.done_json(command, conversion, done, summary))
     elif not manner.quiet:
-        render.say(
-            render.done_text(command, conversion, done) if done else render.plan_text(conversion, summary)
-        )
+        render.say(render.done_text(command, conversion, done) if done else render.plan_text(conversion, summary))

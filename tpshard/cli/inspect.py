@@ -73,7 +73,7 @@ def _held(tensor: Stored) -> str:
     layout: Layout = tensor.layout
     if layout.is_replicated:
         return "whole" if layout.ranks == 1 else f"whole on each of {layout.ranks} ranks"
-    words = [tensor.role.rule]
+    words: list[str] = [tensor.role.rule]
     for axis in layout.cut_axes:
         held = ["+".join(f"{a}-{b - 1}" for a, b in s.spans[axis]) or "none" if s else "none" for s in layout.shards]
         shown = held if len(held) <= 4 else [*held[:3], f"... {held[-1]}"]

@@ -17,7 +17,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
 
 
-class Count(click.ParamType):
+class Count(click.ParamType):  # type: ignore[type-arg]
     """A whole number from 1, in plain decimal: 010, 2.0 and 1e3 are refused rather than guessed at."""
 
     name = "number"
@@ -30,7 +30,7 @@ class Count(click.ParamType):
         return int(value)
 
 
-class Size(click.ParamType):
+class Size(click.ParamType):  # type: ignore[type-arg]
     """Bytes: 5GB (powers of ten), 5GiB (powers of two), or a plain number."""
 
     name = "size"

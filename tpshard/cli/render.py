@@ -114,9 +114,7 @@ def done_json(command: str, conversion: Conversion, done: Done | None, summary: 
     written = None
     if done is not None:
         written = {
-            "files": [
-                {"name": f.name, "rank": f.rank, "size": f.size, "digest": f.digest} for f in done.written.files
-            ],
+            "files": [{"name": f.name, "rank": f.rank, "size": f.size, "digest": f.digest} for f in done.written.files],
             "bytes_read": done.bytes_read,
             "bytes_written": done.bytes_written,
             "seconds": round(done.seconds, 3),

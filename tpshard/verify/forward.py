@@ -130,7 +130,7 @@ class _Run:
             parent = layer.path.rpartition(".")[0]
             if layer.path in called or layer.cut is None:
                 continue
-            if layer.task in ("row", "gather") and parent in called and parent not in taken:
+            if layer.task in ("row", "gather") and parent and parent in called and parent not in taken:
                 settled.append(Layer(parent, layer.name, layer.task, layer.cut))
             elif not self._twin_is_called(layer, taken):
                 settled.append(layer)  # never visited: it will be told as not reached

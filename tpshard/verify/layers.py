@@ -33,7 +33,7 @@ def check_layers(weights: Weights) -> CheckResult:
             ]
         except InconclusiveError:
             continue
-        if whole.is_floating_point():
+        if whole.is_floating_point() and bool(torch.isfinite(whole).all()):
             layers += 1
             findings += _check(name, layout, whole, owns)
     note = "each layer was checked alone; how the layers fit together was not"

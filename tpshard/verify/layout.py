@@ -52,18 +52,18 @@ def check_layout(shards: Checkpoint) -> CheckResult:
         if slot is None or axis is None:
             findings += _must_be_whole(tensor)
         elif slot.meaning != "word" or not (tensor.layout.is_replicated or _joined_in_order(tensor)):
-            blocks.setdefault(_block(tensor.name, slot), []).append((tensor, slot, axis))
+            blocks.setdefault(_block(tensor, slot), []).append((tensor, slot, axis))
     for block in blocks.values():
         findings += _check_block(block, heads, shards.ranks)
     covered = {"tensors": len(shards.tensors), "ranks": shards.ranks}
     return CheckResult("layout", tuple(findings), covered, notes=(f"{len(blocks)} blocks are cut or could be",))
 
 
-def _block(name: str, slot: Slot) -> str:
+def _block(tensor: Stored, slot: Slot) -> str:
     """Tensors that must be dealt alike: one layer's attention or feed-forward, or all that counts words."""
     if slot.meaning == "word":
-        return "words"
-    numbered = re.match(r"(.*\.\d+)\.", name)
+        return "padded words" if tensor.layout.padding else "words"
+    numbered = re.match(r"(.*\.\d+)\.", tensor.name)
     kind = "attention" if slot.meaning in _OF_ATTENTION else "feed-forward"
     return f"{numbered[1] if numbered else ''}:{kind}"
 
