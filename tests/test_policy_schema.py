@@ -30,7 +30,7 @@ RIGHT = [
     "{name: a, rules: {fc: {rule: row, heads: H / 2, gather: false}}}",
     "{name: a, rules: {fc: {rule: column, pad: 64, uneven: false, dims: eo.i}}}",
     "{name: a, default: replicate, vars: {H: n_head, K: 3}, rules: {}}",
-    "{name: a, for: {model_type: [x, y], flag: true, count: 3}, rules: {}}",
+    "{name: a, for: {model_type: [a, b], flag: true, count: 3}, rules: {}}",
 ]
 WRONG = [
     "[]",

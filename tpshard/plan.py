@@ -80,7 +80,10 @@ class Item:
     def size(self, rank: int) -> int:
         """Bytes of one target rank's own tensor."""
         shard = self.want.shards[rank]
-        return byte_count(self.stored.dtype, shard.shape) if shard else 0
+        try:
+            return byte_count(self.stored.dtype, shard.shape) if shard else 0
+        except InputError as error:
+            raise InputError(f"{printable(self.stored.name)}: {error.message}") from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,7 +100,7 @@ def check_policy(policy: Policy, checkpoint: Checkpoint, ranks: Sequence[int] = 
     return PolicyCheck(
         policy=policy,
         tensors=len(shapes),
-        uses=tuple(sorted(uses, key=lambda use: order.get(id(use.rule), len(order)))),
+        uses=tuple(sorted(uses, key=lambda use: (order.get(id(use.rule), len(order)), use.cut is None))),
         legal=tuple(legal_ranks(cut for _, _, cut in counted if cut)),
         trials=tuple(_trial(policy, checkpoint, count) for count in ranks),
         warnings=(*checkpoint.warnings, *(f"{rule.mark}: rule '{rule.key}' matches no tensor" for rule in unused)),
