@@ -238,7 +238,7 @@ def wrong_folders() -> Iterator[Fault]:
     yield Fault("W38", "config field changed, resealed", "qwen2", 2, config, frozenset({"weights"}), "config.json")
     other = folder_fault(lambda f: f.edit_config(num_attention_heads=12, head_dim=5), reseal=True)
     yield Fault(
-        "M20", "config of another model, resealed", "qwen2", 2, other, frozenset({"weights", "layout"}), "q_proj"
+        "M20", "config of another model, resealed", "qwen2", 2, other, frozenset({"weights", "layout"}), "k_proj"
     )
 
 

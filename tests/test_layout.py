@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from tests.build import Tensor, load, save
 from tests.oracle import Deal, deals, shapes
 from tpshard import execute as execute_module
-from tpshard.blocks import extract, fill
 from tpshard.checkpoint import Checkpoint, Place, Stored, WeightFile, open_full
 from tpshard.errors import InputError
 from tpshard.header import read_header
-from tpshard.layout import Box, Layout, Piece, Shard, Span, in_bytes, slabs
+from tpshard.layout import Box, Layout, Piece, Shard, Span, in_bytes
 from tpshard.plan import Item, Output, Plan, plan
+from tpshard.slabs import Slab, cut_into_slabs, regions
 from tpshard.staging import Staging
 
 FULL = Span(0, 6)
@@ -128,9 +128,9 @@ def test_a_cut_inside_a_byte_is_refused() -> None:
         in_bytes(Layout.replicated((), 1), 4)
 
 
-def test_slabs_by_hand() -> None:
+def test_regions_by_hand() -> None:
     def found(shape: tuple[int, ...], limit: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        return [(box.start, box.stop) for box in slabs(shape, limit)]
+        return [(box.start, box.stop) for box in regions(shape, limit)]
 
     assert found((2, 3), 6) == [((0, 0), (2, 3))]
     assert found((2, 3), 2) == [((0, 0), (1, 2)), ((0, 2), (1, 3)), ((1, 0), (2, 2)), ((1, 2), (2, 3))]
@@ -181,9 +181,9 @@ def test_tiles_cover_every_cell_once(deal: Deal) -> None:
 
 
 @given(shapes, st.integers(0, 60))
-def test_slabs_cover_in_order(shape: tuple[int, ...], limit: int) -> None:
+def test_regions_cover_in_order(shape: tuple[int, ...], limit: int) -> None:
     order = np.arange(math.prod(shape)).reshape(shape)
-    boxes = list(slabs(shape, limit))
+    boxes = list(regions(shape, limit))
     assert [cell for box in boxes for cell in order[box.slices()].ravel()] == list(range(order.size))
     assert all(0 < box.volume <= max(limit, 1) for box in boxes)
 
@@ -218,31 +218,44 @@ def aligned(deal: Deal) -> bool:
 def copy(source: list[bytes | None], have: Layout, want: Layout, bits: int, limit: int) -> list[bytes | None]:
     """One tensor from shards to shards through the plan, in slabs, as execute does it; refuses to write twice."""
     transfer = plan(have, want, bits)
-    own: list[bytearray | None] = [bytearray() if shard else None for shard in transfer.writes]
-
-    def read(rank: int, offset: int, into: memoryview) -> None:
-        held = source[rank]
-        assert held is not None
-        assert 0 <= offset <= offset + len(into) <= len(held)
-        into[:] = held[offset : offset + len(into)]
-
-    for box in slabs(transfer.shape, limit):
-        data = np.full(box.shape, 0xAA, np.uint8)
-        fill(box, transfer.reads, read, data)
-        for rank, shard in enumerate(transfer.writes):
-            if shard is None or (found := extract(shard, box, data)) is None:
-                continue
-            target, (at, block) = own[rank], found
+    own: list[bytearray | None] = [None] * want.ranks
+    for holding in transfer.writes:
+        own[holding.rank] = bytearray()
+    position = 0
+    for slab in cut_into_slabs(transfer, limit):
+        assert slab.offset == position
+        position += slab.size
+        data = read_slab(slab, source)
+        room = np.full(max([contact.size for contact in slab.writes], default=0), 0xBB, np.uint8)
+        for contact in slab.writes:
+            target = own[contact.rank]
             assert target is not None
-            assert at >= len(target), "front to back, no byte twice"
-            target.extend(bytes(at - len(target)) + bytes(block))
-    for rank, shard in enumerate(transfer.writes):
-        if shard is not None:
-            target = own[rank]
-            assert target is not None
-            assert len(target) <= shard.volume
-            target.extend(bytes(shard.volume - len(target)))
+            assert len(target) + contact.lead == contact.offset, "front to back, no byte twice"
+            target.extend(bytes(contact.lead) + contact.take(data, room).tobytes())
+    assert position == transfer.size
+    for holding in transfer.writes:
+        assert len(own[holding.rank] or b"") == holding.volume
+        assert (holding.rank in transfer.whole) == (want.shards[holding.rank] == Shard.whole(want.shape))
     return [None if target is None else bytes(target) for target in own]
+
+
+def read_slab(slab: Slab, source: list[bytes | None]) -> np.ndarray:
+    """A slab's cells from the shards; every cell must be read."""
+    data, times = np.full(slab.shape, 0xAA, np.uint8), np.zeros(slab.shape, np.uint8)
+    for contact in slab.reads:
+        held = source[contact.rank]
+        assert held is not None
+        assert 0 <= contact.offset <= contact.offset + contact.size <= len(held)
+        region = np.frombuffer(held[contact.offset : contact.offset + contact.size], np.uint8)
+        if contact.begin is not None:
+            data.reshape(-1)[contact.begin : contact.begin + contact.size] = region
+            times.reshape(-1)[contact.begin : contact.begin + contact.size] += 1
+        else:
+            contact.put(region, data)
+            for _, here in contact.moves:
+                times[here] += 1
+    assert slab.size == 0 or (times == 1).all(), "every cell is read once"
+    return data
 
 
 @st.composite
@@ -305,7 +318,7 @@ DTYPE = {4: "F4", 8: "U8", 16: "BF16", 32: "F32"}
 
 def outputs(layouts: dict[str, Layout], ranks: int) -> tuple[Output, ...]:
     """One file for each rank."""
-    return tuple(Output(f"rank-{rank}.safetensors", rank, 0, 0, len(layouts), {}) for rank in range(ranks))
+    return tuple(Output(f"rank-{rank}.safetensors", rank, 0, 0, len(layouts)) for rank in range(ranks))
 
 
 def sharded(folder: Path, layouts: dict[str, Layout], bits: dict[str, int], ranks: int) -> Checkpoint:
@@ -377,7 +390,7 @@ def test_files_hold_what_the_oracle_says(
 
         def convert(checkpoint: Checkpoint, wanted: dict[str, Layout], ranks: int, target: Path) -> None:
             items = tuple(Item(checkpoint.tensors[name], layout) for name, layout in wanted.items())
-            work = Plan(checkpoint, items, outputs(wanted, ranks), ranks)
+            work = Plan(checkpoint, items, outputs(wanted, ranks), ranks, lambda output: {})
             with Staging(target) as staging:
                 execute_module.execute(work, staging, "xxh3-128", workers)
                 staging.commit()

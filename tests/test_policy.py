@@ -211,8 +211,10 @@ def two_levels(tmp_path: Path, own: str, base: str) -> Policy:
 
 def test_a_rule_matches_a_layer_or_a_tensor() -> None:
     found = policy("name: x\nrules:\n  attn: column\n  attn.sinks: row\n  bias: replicate\n")
-    assert [rule.key for rule in found.rules if rule.matches("h.0.attn", "h.0.attn.weight")] == ["attn"]
-    assert [rule.key for rule in found.rules if rule.matches("h.0.mlp", "h.0.mlp.bias")] == ["bias"]
+    for name, key in (("h.0.attn.weight", "attn"), ("h.0.mlp.bias", "bias"), ("h.0.attn.sinks.weight", "attn.sinks")):
+        rule = found.match(name)
+        assert rule is not None
+        assert rule.key == key
     assert found.match("h.0.other.weight") is None
     assert found.match("attn") is not None, "a tensor without a layer"
 
@@ -222,7 +224,7 @@ def test_two_rules_of_one_document_for_a_tensor() -> None:
     with pytest.raises(PolicyError) as caught:
         found.match("h.0.attn.fc.weight")
     assert str(caught.value) == (
-        "h.0.attn.fc.weight: 2 rules match: 'attn.fc' at p.yaml:3:12 and 'fc' at p.yaml:4:7 (make one more specific)"
+        "h.0.attn.fc.weight: 2 rules match: 'attn.fc' at p.yaml:3:3 and 'fc' at p.yaml:4:3 (make one more specific)"
     )
 
 

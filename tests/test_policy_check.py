@@ -72,17 +72,17 @@ def test_show_of_an_unknown_policy(capsys: Capture) -> None:
 # ---------------------------------------------------------------------------------------------- check
 
 FITS = """\
-rule            pattern                                         tensors  axis  units
-row             embed_tokens                                          1     0  1003
-column          self_attn.q_proj                                      6     0  6 x 10
-column          self_attn.{k_proj,v_proj}                            12     0  3 x 10
-row             self_attn.o_proj                                      3     -  whole
-row             self_attn.o_proj                                      3     1  6 x 10
-column          mlp.{gate_proj,up_proj}                              12     0  52
-row             mlp.down_proj                                         3     -  whole
-row             mlp.down_proj                                         3     1  52
-replicate       {input_layernorm,post_attention_layernorm,norm}       7     -  whole
-column, gather  lm_head                                               1     0  1003, padded by 8
+rule            pattern                                          tensors  axis  units
+row             embed_tokens                                           1     0  1003
+column          self_attn.q_proj                                       6     0  6 x 10
+column          self_attn.{k_proj,v_proj}                             12     0  3 x 10
+row             self_attn.o_proj                                       3     1  6 x 10
+row             self_attn.o_proj                                       3     -  whole
+column          mlp.{gate_proj,up_proj}                               12     0  52
+row             mlp.down_proj                                          3     1  52
+row             mlp.down_proj                                          3     -  whole
+replicate       {input_layernorm,post_attention_layernorm,norm}        7     -  whole
+column, gather  lm_head                                                1     0  1003, padded by 8
 
 policy tiny has a rule for each of 51 tensors
 --tp that works, up to 128: 1, 3, 6
@@ -117,7 +117,7 @@ def test_as_json(source: Path, policy: str, capsys: Capture) -> None:
     rows: dict[str, Any] = {rule["pattern"]: rule for rule in found["rules"]}
     assert rows["self_attn.{k_proj,v_proj}"]["units"] == [{"count": 3, "width": 10}]
     assert rows["lm_head"] == {
-        "pattern": "lm_head", "rule": "column", "gather": "output", "place": f"{policy}:13:12", "tensors": 1,
+        "pattern": "lm_head", "rule": "column", "gather": "output", "place": f"{policy}:14:3", "tensors": 1,
         "axis": 0, "units": [{"count": 1003, "width": 1}], "uneven": False, "pad": 8,
     }  # fmt: skip
 
@@ -146,7 +146,7 @@ def test_a_policy_that_does_not_fit(
 def test_unused_rules_are_warnings_and_errors_with_strict(source: Path, tmp_path: Path, capsys: Capture) -> None:
     path = write(tmp_path, POLICY + "  mpl.gate_proj: column\n")
     assert _run(["policy", "check", path, str(source)]) == 0
-    assert capsys.readouterr().err == f"tpshard: warning: {path}:14:18: rule 'mpl.gate_proj' matches no tensor\n"
+    assert capsys.readouterr().err == f"tpshard: warning: {path}:15:3: rule 'mpl.gate_proj' matches no tensor\n"
     assert _run(["policy", "check", path, str(source), "--strict"]) == 2
 
 
@@ -154,7 +154,7 @@ def test_tensors_that_the_default_replicates_are_counted(source: Path, tmp_path:
     text = POLICY.replace("  mlp.down_proj: row\n", "").replace("vars:", "default: replicate\nvars:")
     assert _run(["policy", "check", write(tmp_path, text), str(source)]) == 0
     assert (
-        "replicate       (default)                                             6     -  whole\n"
+        "replicate       (default)                                              6     -  whole\n"
         in capsys.readouterr().out
     )
 

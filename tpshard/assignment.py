@@ -41,13 +41,16 @@ def assign(policy: Policy, config: Mapping[str, Any], shapes: Mapping[str, Shape
     if not 1 <= ranks <= MAX_RANKS:
         raise UsageError(f"--tp must be from 1 to {MAX_RANKS}, is {ranks}")
     rules = match_all(policy, shapes)
-    cached: dict[tuple[Rule | None, Shape], Assignment] = {}
+    cached: dict[tuple[int, Shape], Assignment] = {}
+    layouts: dict[Layout, Layout] = {}  # equal ones made one: comparing them again and again takes time
     found: dict[str, Assignment] = {}
     for name, shape in shapes.items():
         rule = rules[name]
-        if (rule, shape) not in cached:
-            cached[rule, shape] = _assignment(rule, policy, config, name, shapes, rules, ranks)
-        found[name] = cached[rule, shape]
+        key = id(rule), shape
+        if key not in cached:
+            made = _assignment(rule, policy, config, name, shapes, rules, ranks)
+            cached[key] = Assignment(layouts.setdefault(made.layout, made.layout), made.role)
+        found[name] = cached[key]
     met = {id(rule) for rule in rules.values()}
     return Assigned(found, tuple(rule for rule in policy.rules if not rule.shared and id(rule) not in met))
 

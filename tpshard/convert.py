@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tpshard.assignment import assign
@@ -17,8 +18,8 @@ from tpshard.execute import Written, execute
 from tpshard.folder import MANIFEST_NAME
 from tpshard.layout import Layout
 from tpshard.library import choose_policy, policy_as_data, policy_from_data
-from tpshard.manifest import CarriedRecord, Manifest, SourceFile, TensorRecord, layout_as_data, manifest_bytes
-from tpshard.plan import Item, Output, Plan, arrange
+from tpshard.manifest import CarriedRecord, Manifest, SourceFile, TensorRecord, manifest_bytes, shard_spans
+from tpshard.plan import Item, Output, Plan, arrange, bytes_of_ranks
 from tpshard.policy import Policy
 from tpshard.quantised import refuse_quantised
 from tpshard.roles import Role
@@ -55,7 +56,7 @@ class Conversion:
     @property
     def disk_needed(self) -> int:
         """Bytes of all weight files without their headers, which are less than the margin that is asked for."""
-        return sum(self.plan.bytes_of(output) for output in self.plan.outputs)
+        return sum(map(sum, bytes_of_ranks(self.plan.items)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +108,11 @@ def plan_merge(source: Path, target: Path, options: Options = Options()) -> Conv
         names = _hf_names(len(groups))
         metadata = [{"format": "pt"}] * len(groups)
     outputs, first = [], 0
-    for part, (group, name, texts) in enumerate(zip(groups, names, metadata, strict=True)):
-        outputs.append(Output(name, 0, part, first, first + len(group), texts))
+    for part, (group, name) in enumerate(zip(groups, names, strict=True)):
+        outputs.append(Output(name, 0, part, first, first + len(group)))
         first += len(group)
-    plan = Plan(checkpoint, tuple(item for group in groups for item in group), tuple(outputs), 1)
+    items = [item for group in groups for item in group]
+    plan = Plan(checkpoint, tuple(items), tuple(outputs), 1, lambda output: metadata[output.part])
     return Conversion(plan, target, None, {}, checkpoint.warnings)
 
 
@@ -150,15 +152,14 @@ def _to_shards(checkpoint: Checkpoint, target: Path, tp: int, policy: Policy, op
     wanted = assigned.tensors
     items = [Item(tensor, wanted[name].layout) for name, tensor in checkpoint.tensors.items()]
     groups = arrange(items, tp, options.max_shard_size or DEFAULT_MAX_SHARD_SIZE)
-    outputs = []
-    for rank in range(tp):
-        first = 0
-        for part, group in enumerate(groups):
-            name = shard_name(rank, tp, part, len(groups))
-            metadata = _self_description(group, rank, tp, part, len(groups))
-            outputs.append(Output(name, rank, part, first, first + len(group), metadata))
-            first += len(group)
-    plan = Plan(checkpoint, tuple(item for group in groups for item in group), tuple(outputs), tp)
+    outputs, first = [], 0
+    for part, group in enumerate(groups):
+        last = first + len(group)
+        outputs += [Output(shard_name(rank, tp, part, len(groups)), rank, part, first, last) for rank in range(tp)]
+        first = last
+    items = [item for group in groups for item in group]
+    describe = partial(_self_description, items, tp, len(groups))
+    plan = Plan(checkpoint, tuple(items), tuple(outputs), tp, describe)
     unused = [f"{rule.mark}: rule '{rule.key}' matches no tensor" for rule in assigned.unused]
     roles = {name: assignment.role for name, assignment in wanted.items()}
     return Conversion(plan, target, policy, roles, (*checkpoint.warnings, *unused))
@@ -174,19 +175,21 @@ def shard_name(rank: int, ranks: int, part: int, parts: int) -> str:
     return f"rank-{rank:05d}-of-{ranks:05d}{suffix}.safetensors"
 
 
-def _self_description(group: Sequence[Item], rank: int, ranks: int, part: int, parts: int) -> dict[str, str]:
+def _self_description(items: Sequence[Item], ranks: int, parts: int, output: Output) -> dict[str, str]:
     """What a shard file says of itself: enough to place every tensor in the whole without the manifest."""
     layouts: dict[Layout, int] = {}
     tensors = {
-        item.stored.name: layouts.setdefault(item.want, len(layouts)) for item in group if item.want.shards[rank]
+        item.stored.name: layouts.setdefault(item.want, len(layouts))
+        for item in items[output.first : output.last]
+        if item.want.shards[output.rank]
     }
-    slices = [{"shape": data["shape"], **data["shards"][rank]["spans"]} for data in map(layout_as_data, layouts)]
+    slices = [{"shape": list(own.shape), **shard_spans(own.shards[output.rank], own.shape)} for own in layouts]
     return {
         "format": "pt",
         "tpshard.version": "1",
-        "tpshard.rank": str(rank),
+        "tpshard.rank": str(output.rank),
         "tpshard.ranks": str(ranks),
-        "tpshard.part": str(part),
+        "tpshard.part": str(output.part),
         "tpshard.parts": str(parts),
         "tpshard.slices": json.dumps(slices, separators=(",", ":")),
         "tpshard.tensors": json.dumps(tensors, separators=(",", ":"), ensure_ascii=False),
@@ -221,7 +224,7 @@ def _manifest(conversion: Conversion, written: Written, carried: tuple[CarriedRe
         policy_documents=policy_as_data(policy),
         sources=sources,
         tensors=tuple(records[name] for name in plan.source.tensors),  # the source's own order, for merge
-        files=written.files,
+        files=tuple(sorted(written.files, key=lambda file: (file.rank, file.part))),
         carried=carried,
     )
 
@@ -253,7 +256,7 @@ def _write_index(plan: Plan, staging: Staging) -> None:
     weight_map = {
         item.stored.name: output.name for output in plan.outputs for item in plan.items[output.first : output.last]
     }
-    total = sum(plan.bytes_of(output) for output in plan.outputs)
+    total = sum(map(sum, bytes_of_ranks(plan.items)))
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     content = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
     staging.write("model.safetensors.index.json", content.encode("utf-8"))

@@ -41,11 +41,12 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A value with its place and the trail of keys that leads to it."""
+    """A value with its place and the trail of keys that leads to it; ``key``: the place of its own key, if any."""
 
     value: str | int | bool | tuple[Node, ...] | Mapping[str, Node]
     mark: Mark
     trail: str = ""
+    key: Mark | None = None
 
     def fail(self, what: str, *, hint: str | None = None) -> NoReturn:
         where = f"{self.mark}: {printable(self.trail)}: " if self.trail else f"{self.mark}: "
@@ -198,7 +199,7 @@ def _pairs(node: yaml.MappingNode, file: str, trail: str) -> Iterator[tuple[str,
             raise PolicyError(f"{mark}: key '{printable(key)}' appears twice, first at line {seen[key]}")
         seen[key] = mark.line
         value = _convert(value_node, file, f"{trail}.{key}" if trail else key)
-        yield key, Node(value.value, mark if isinstance(value.value, Mapping) else value.mark, value.trail)
+        yield key, Node(value.value, mark if isinstance(value.value, Mapping) else value.mark, value.trail, mark)
 
 
 def _encodable(text: str, mark: Mark) -> str:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple
 
 from tpshard.errors import InputError
@@ -134,14 +135,16 @@ class Shard:
         return cls(shape, tuple((Span(0, n),) if n else () for n in shape))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Layout:
     """One tensor's distribution: the whole shape, and each rank's shard (None: the rank holds nothing of it)."""
 
     shape: Shape
     shards: tuple[Shard | None, ...]
+    _hash: int = field(init=False, repr=False)  # thousands of tensors share a layout: it is the key of many tables
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash((self.shape, self.shards)))
         for rank, shard in enumerate(self.shards):
             if shard is None:
                 continue
@@ -151,10 +154,19 @@ class Layout:
                 if runs and runs[-1].stop > size:
                     raise ValueError(f"rank {rank}: axis {axis} ends at {size}, a run ends at {runs[-1].stop}")
 
-    @classmethod
-    def replicated(cls, shape: Shape, ranks: int) -> Layout:
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (
+            isinstance(other, Layout) and self.shape == other.shape and self.shards == other.shards
+        )
+
+    @staticmethod
+    @lru_cache(maxsize=1024)
+    def replicated(shape: Shape, ranks: int) -> Layout:
         """Every rank holds everything; with one rank, the layout of a full checkpoint."""
-        return cls(shape, (Shard.whole(shape),) * ranks)
+        return Layout(shape, (Shard.whole(shape),) * ranks)
 
     @classmethod
     def along(cls, shape: Shape, axis: int, runs: list[tuple[Span, ...]], sizes: list[int]) -> Layout:
@@ -280,30 +292,3 @@ def in_bytes(layout: Layout, bits: int) -> Layout:
         return Shard((*shard.shape[:-1], scaled(shard.shape[-1])), (*shard.spans[:-1], last))
 
     return Layout((*layout.shape[:-1], scaled(layout.shape[-1])), tuple(map(convert, layout.shards)))
-
-
-def slabs(shape: Shape, limit: int) -> Iterator[Box]:
-    """The whole tensor in order, as consecutive contiguous regions of at most ``limit`` cells.
-
-    (C order; a region varies along one axis, is single before it and full after it.)
-
-    >>> [(b.start, b.stop) for b in slabs((5, 3), 6)]
-    [((0, 0), (2, 3)), ((2, 0), (4, 3)), ((4, 0), (5, 3))]
-    """
-    if 0 in shape:
-        return
-    inner, axis = 1, len(shape)
-    while axis > 0 and inner * shape[axis - 1] <= limit:
-        axis -= 1
-        inner *= shape[axis]
-    if axis == 0:
-        yield Box((0,) * len(shape), shape)
-        return
-    axis -= 1
-    rows = max(1, limit // inner)
-    tail = shape[axis + 1 :]
-    for lead in itertools.product(*map(range, shape[:axis])):
-        for begin in range(0, shape[axis], rows):
-            start = (*lead, begin, *(0,) * len(tail))
-            stop = (*(i + 1 for i in lead), min(begin + rows, shape[axis]), *tail)
-            yield Box(start, stop)

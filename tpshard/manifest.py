@@ -102,11 +102,14 @@ def layout_as_data(layout: Layout) -> dict[str, Any]:
 
 
 def _shard_as_data(shard: Shard | None, whole: Shape) -> dict[str, Any] | None:
-    if shard is None:
-        return None
+    return {"shape": list(shard.shape), "spans": shard_spans(shard, whole)} if shard else None
+
+
+def shard_spans(shard: Shard | None, whole: Shape) -> dict[str, list[list[int]]]:
+    """A shard's runs along the axes that are not whole, by the axis's number as text."""
     full = Shard.whole(whole).spans
-    spans = {str(axis): [list(run) for run in runs] for axis, runs in enumerate(shard.spans) if runs != full[axis]}
-    return {"shape": list(shard.shape), "spans": spans}
+    spans = shard.spans if shard else ((),) * len(whole)
+    return {str(axis): [list(run) for run in runs] for axis, runs in enumerate(spans) if runs != full[axis]}
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:

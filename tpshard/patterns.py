@@ -8,13 +8,17 @@ expressions, so no pattern can hang.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from tpshard.errors import printable
 
 MAX_LENGTH = 1_000
 MAX_ALTERNATIVES = 256
+
+Value = TypeVar("Value")
 
 
 class PatternError(ValueError):
@@ -73,6 +77,26 @@ def _segment_matches(pattern: str, text: str) -> bool:
             return False
         at = found + len(piece)
     return True
+
+
+class Index(Generic[Value]):
+    """Patterns with what they stand for, found by the last segment of a name: a policy's hundred patterns are tried on
+    a hundred thousand names."""
+
+    def __init__(self, entries: Iterable[tuple[Pattern, Value]]) -> None:
+        self._by_last: dict[str, list[tuple[Pattern, Value]]] = {}
+        self._anywhere: list[tuple[Pattern, Value]] = []
+        for pattern, value in entries:
+            last = pattern.segments[-1]
+            place = self._anywhere if "*" in last else self._by_last.setdefault(last, [])
+            place.append((pattern, value))
+
+    def matching(self, name: str) -> Iterator[Value]:
+        """What stands for a name; a value may come more than once."""
+        candidates = self._by_last.get(name.rpartition(".")[2], ())
+        for pattern, value in itertools.chain(candidates, self._anywhere):
+            if pattern.matches(name):
+                yield value
 
 
 def parse_patterns(key: str) -> tuple[Pattern, ...]:

@@ -6,8 +6,11 @@ target's shards cut it up again (``writes``). So from N ranks to M there is no p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from tpshard.checkpoint import Checkpoint, Stored
 from tpshard.errors import InputError, printable
@@ -16,16 +19,35 @@ from tpshard.layout import Layout, Piece, Shape, Shard, in_bytes
 
 
 @dataclass(frozen=True, slots=True)
+class Holding:
+    """What one rank gives or takes: pieces of the whole tensor, and the shape of the rank's own."""
+
+    rank: int
+    shape: Shape
+    pieces: tuple[Piece, ...]
+
+    @property
+    def volume(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
 class Transfer:
     """One tensor between two layouts, the last axis counted in bytes.
 
-    ``reads``: every cell of the whole tensor once, with the source rank that gives it and the shape of that rank's
-    own tensor. ``writes``: each target rank's shard (None: it holds nothing).
+    ``reads``: of the source's ranks, every cell of the whole tensor once. ``writes``: of the target's ranks what each
+    takes; ``whole`` are those of them that take exactly the whole tensor.
     """
 
     shape: Shape
-    reads: tuple[tuple[int, Piece, Shape], ...]
-    writes: tuple[Shard | None, ...]
+    reads: tuple[Holding, ...]
+    writes: tuple[Holding, ...]
+    whole: frozenset[int]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole tensor."""
+        return math.prod(self.shape)
 
 
 def plan(have: Layout, want: Layout, bits: int) -> Transfer:
@@ -44,15 +66,27 @@ def plan(have: Layout, want: Layout, bits: int) -> Transfer:
         have, want = Layout.replicated(flat, have.ranks), Layout.replicated(flat, want.ranks)
     else:
         have, want = in_bytes(have, bits), in_bytes(want, bits)
-    shapes = [shard.shape if shard else () for shard in have.shards]
-    reads = tuple((rank, piece, shapes[rank]) for rank, piece in have.tiles())
-    return Transfer(have.shape, reads, want.shards)
+    whole = Shard.whole(want.shape)
+    return Transfer(
+        shape=have.shape,
+        reads=tuple(_givers(have)),
+        writes=tuple(Holding(r, s.shape, tuple(s.pieces())) for r, s in enumerate(want.shards) if s is not None),
+        whole=frozenset(rank for rank, shard in enumerate(want.shards) if shard == whole),
+    )
+
+
+def _givers(have: Layout) -> Iterator[Holding]:
+    pieces: dict[int, list[Piece]] = {}
+    for rank, piece in have.tiles():
+        pieces.setdefault(rank, []).append(piece)
+    for rank, own in pieces.items():
+        shard = have.shards[rank]
+        assert shard is not None
+        yield Holding(rank, shard.shape, tuple(own))
 
 
 def byte_count_of(shape: Shape, bits: int) -> int:
-    cells = 1
-    for n in shape:
-        cells *= n
+    cells = math.prod(shape)
     if cells * bits % 8:
         raise InputError(f"shape {list(shape)} of {bits} bits an element does not fill its last byte")
     return cells * bits // 8
@@ -67,7 +101,6 @@ class Output:
     part: int
     first: int
     last: int
-    metadata: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,23 +110,17 @@ class Item:
     stored: Stored
     want: Layout
 
-    def size(self, rank: int) -> int:
-        """Bytes of one target rank's own tensor."""
-        shard = self.want.shards[rank]
-        try:
-            return byte_count(self.stored.dtype, shard.shape) if shard else 0
-        except InputError as error:
-            raise InputError(f"{printable(self.stored.name)}: {error.message}") from None
-
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything that will be written. ``items`` lie in the order in which every file holds its own."""
+    """Everything that will be written. ``items`` lie in the order in which every file holds its own; ``outputs`` come
+    part by part, and in a part rank by rank. ``describe`` gives an output file's metadata."""
 
     source: Checkpoint
     items: tuple[Item, ...]
     outputs: tuple[Output, ...]
     ranks: int
+    describe: Callable[[Output], Mapping[str, str]]
 
     def transfers(self) -> Iterator[tuple[Item, Transfer]]:
         cached: dict[tuple[Layout, Layout, int], Transfer] = {}
@@ -113,27 +140,32 @@ class Plan:
             for item in self.items[output.first : output.last]
             if (shard := item.want.shards[output.rank]) is not None
         )
-        return header_bytes(held, output.metadata)
+        return header_bytes(held, self.describe(output))
 
-    def bytes_of(self, output: Output) -> int:
-        """Bytes of an output file's tensors, without its header."""
-        return sum(item.size(output.rank) for item in self.items[output.first : output.last])
+
+def bytes_of_ranks(items: Iterable[Item]) -> Iterator[tuple[int, ...]]:
+    """For each item the bytes of every rank's own tensor; equal layouts are counted once."""
+    known: dict[tuple[Layout, str], tuple[int, ...]] = {}
+    for item in items:
+        dtype, key = item.stored.dtype, (item.want, item.stored.dtype)
+        if key not in known:
+            try:
+                known[key] = tuple(byte_count(dtype, shard.shape) if shard else 0 for shard in item.want.shards)
+            except InputError as error:
+                raise InputError(f"{printable(item.stored.name)}: {error.message}") from None
+        yield known[key]
 
 
 def arrange(items: Sequence[Item], ranks: int, limit: int) -> list[tuple[Item, ...]]:
     """Items in groups, one for each part of a rank's files: in the given order, a new part where any rank's would
     outgrow ``limit`` bytes; inside a part wide dtypes first, so that every tensor is aligned to its element."""
     parts: list[list[Item]] = [[]]
-    filled = [0] * ranks
-    sizes: dict[tuple[Layout, str], list[int]] = {}
-    for item in items:
-        key = (item.want, item.stored.dtype)
-        if key not in sizes:
-            sizes[key] = [item.size(rank) for rank in range(ranks)]
-        own = sizes[key]
-        if parts[-1] and any(a + b > limit for a, b in zip(filled, own, strict=True)):
+    filled = np.zeros(ranks, np.int64)
+    for item, sizes in zip(items, bytes_of_ranks(items), strict=True):
+        own = np.array(sizes, np.int64)
+        if parts[-1] and bool((filled + own > limit).any()):
             parts.append([])
-            filled = [0] * ranks
+            filled[:] = 0
         parts[-1].append(item)
-        filled = [a + b for a, b in zip(filled, own, strict=True)]
+        filled += own
     return [tuple(sorted(part, key=lambda item: DTYPE_ORDER[item.stored.dtype])) for part in parts]

@@ -16,7 +16,7 @@ from tpshard.errors import PolicyError
 from tpshard.expressions import evaluate
 from tpshard.layout import Layout, Shape
 from tpshard.partition import Block, Cut, cut_layout
-from tpshard.patterns import Pattern, PatternError, parse_patterns
+from tpshard.patterns import Index, Pattern, PatternError, parse_patterns
 from tpshard.roles import Gather, Kind, Role
 
 KINDS: tuple[Kind, ...] = ("column", "row", "replicate")
@@ -46,9 +46,6 @@ class Rule:
     uneven: bool = False
     pad: Expression | None = None
     shared: bool = False
-
-    def matches(self, layer: str, tensor: str) -> bool:
-        return any(pattern.matches(layer) or pattern.matches(tensor) for pattern in self.patterns)
 
     @property
     def role(self) -> Role:
@@ -89,12 +86,17 @@ class Policy:
     extends: str | None = None
     description: str = ""
     documents: tuple[object, ...] = field(default=(), repr=False)
+    _indexes: tuple[Index[Rule], ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        indexes = tuple(Index((pattern, rule) for rule in level for pattern in rule.patterns) for level in self.levels)
+        object.__setattr__(self, "_indexes", indexes)
 
     def match(self, tensor: str) -> Rule | None:
         """The rule for a tensor. Raises PolicyError where two rules of one document match it."""
         layer = tensor.rpartition(".")[0]
-        for level in self.levels:
-            found = [rule for rule in level if rule.matches(layer, tensor)]
+        for index in self._indexes:
+            found = list({id(rule): rule for name in (layer, tensor) for rule in index.matching(name)}.values())
             if len(found) > 1:
                 places = " and ".join(f"'{rule.key}' at {rule.mark}" for rule in found[:2])
                 raise PolicyError(f"{tensor}: {len(found)} rules match: {places}", hint="make one more specific")
@@ -260,15 +262,16 @@ def _parse_rule(key: str, node: Node, shared: bool) -> Rule:
         patterns = parse_patterns(key)
     except PatternError as error:
         node.fail(f"the key {error}")
+    mark = node.key or node.mark
     if not isinstance(node.value, Mapping):
-        return Rule(key, patterns, node.mark, cast(Kind, node.one_of(KINDS)), shared=shared)
+        return Rule(key, patterns, mark, cast(Kind, node.one_of(KINDS)), shared=shared)
     table = node.known_keys(RULE_KEYS)
     if "rule" not in table:
         node.fail(f"needs a rule: {', '.join(KINDS)}")
     rule = Rule(
         key,
         patterns,
-        node.mark,
+        mark,
         kind=cast(Kind, table["rule"].one_of(KINDS)),
         dims=_parse_dims(table["dims"]) if "dims" in table else "",
         heads=_expression(table["heads"]) if "heads" in table else None,

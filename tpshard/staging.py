@@ -20,7 +20,6 @@ from typing import BinaryIO
 from tpshard.errors import StorageError, UsageError
 
 MARGIN = 16 * 2**20  # file systems need room for their own records
-BUFFER = 2**17  # gathers small tensors; larger writes pass it by
 
 
 @contextlib.contextmanager
@@ -81,13 +80,13 @@ class Staging:
         self._folders.append(self.folder)
         return self
 
-    def create(self, name: str) -> BinaryIO:
+    def create(self, name: str, buffering: int = -1) -> BinaryIO:
         """A new file for writing; ``name`` may hold folders. The caller closes it."""
         path = self.folder / name
         with storage_errors(path):
             self._make_folders(path.parent)
             self._created.append(path)  # before it is: an interrupt may come between
-            return path.open("xb", buffering=BUFFER)
+            return path.open("xb", buffering=buffering)
 
     def write(self, name: str, content: bytes) -> None:
         """A new file with this content."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from tpshard.convert import Conversion
 from tpshard.header import DTYPE_BITS, byte_count
-from tpshard.layout import Layout
-from tpshard.plan import Item
+from tpshard.plan import bytes_of_ranks
 from tpshard.roles import Role
 
 
@@ -69,44 +68,32 @@ class Summary:
 
 
 def summarise(conversion: Conversion) -> Summary:
-    plan = conversion.plan
-    ranks = range(plan.ranks)
-    sizes: dict[tuple[Layout, str], tuple[tuple[int, ...], int, int]] = {}
+    """Tensors of one layout, dtype and role are counted together: large models have thousands of each kind."""
+    plan, roles = conversion.plan, conversion.roles
+    kinds = Counter(
+        (item.want, item.stored.dtype, roles.get(item.stored.name, item.stored.role), sizes)
+        for item, sizes in zip(plan.items, bytes_of_ranks(plan.items), strict=True)
+    )
     per_rank = [0] * plan.ranks
     whole = padding = 0
     rows: dict[Role, list[int]] = {}
-    for item in plan.items:
-        key = (item.want, item.stored.dtype)
-        if key not in sizes:
-            sizes[key] = (tuple(item.size(rank) for rank in ranks), _whole(item), _padding(item))
-        own, size, pad = sizes[key]
-        per_rank = [a + b for a, b in zip(per_rank, own, strict=True)]
+    for (layout, dtype, role, sizes), count in kinds.items():
+        size, pad = byte_count(dtype, layout.shape) * count, layout.padding * DTYPE_BITS[dtype] // 8 * count
+        per_rank = [total + own * count for total, own in zip(per_rank, sizes, strict=True)]
         whole, padding = whole + size, padding + pad
-        row = rows.setdefault(_role(conversion.roles, item), [0, 0, 0, 0])
-        row[:] = [row[0] + 1, row[1] + size, row[2] + max(own), row[3] + pad]
+        row = rows.setdefault(role, [0, 0, 0, 0])
+        row[:] = [row[0] + count, row[1] + size, row[2] + max(sizes) * count, row[3] + pad]
     return Summary(
         tensors=len(plan.items),
         size=whole,
         per_rank=tuple(per_rank),
         padding=padding,
         replicated=sum(per_rank) - whole - padding,
-        disk_needed=conversion.disk_needed,
+        disk_needed=sum(per_rank),
         files=len(plan.outputs),
         rules=tuple(RuleSummary(role.pattern, _rule_text(role), *row) for role, row in rows.items()),
     )
 
 
-def _role(roles: Mapping[str, Role], item: Item) -> Role:
-    return roles.get(item.stored.name, item.stored.role)
-
-
 def _rule_text(role: Role) -> str:
     return role.rule + {"": "", "output": ", gather", "input": ", gather input"}[role.gather]
-
-
-def _whole(item: Item) -> int:
-    return byte_count(item.stored.dtype, item.stored.shape)
-
-
-def _padding(item: Item) -> int:
-    return item.want.padding * DTYPE_BITS[item.stored.dtype] // 8

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from tpshard.blocks import fill
 from tpshard.checkpoint import Checkpoint, Stored
-from tpshard.execute import SourceFiles
+from tpshard.execute import SLAB
 from tpshard.header import DTYPE_BITS, byte_count
-from tpshard.layout import Box, Layout
+from tpshard.layout import Layout
 from tpshard.plan import plan
 from tpshard.roles import Role
+from tpshard.slabs import cut_into_slabs
+from tpshard.sources import SourceFiles
 
 
 class Bytes:
@@ -42,11 +43,10 @@ class Bytes:
         checkpoint = self._source or self._shards
         stored = checkpoint.tensors[name]
         transfer = plan(stored.layout, Layout.replicated(stored.shape, 1), DTYPE_BITS[stored.dtype])
-        data = np.empty(transfer.shape, np.uint8)
+        data = np.empty(transfer.size, np.uint8)
         with SourceFiles(checkpoint) as files:
-            everything = Box((0,) * len(transfer.shape), transfer.shape)
-            fill(everything, transfer.reads, lambda rank, at, into: files.read(stored, rank, at, into), data)
-        return bytearray(data.reshape(-1).data)
+            files.fill([(stored, slab, slab.offset) for slab in cut_into_slabs(transfer, SLAB)], data)
+        return bytearray(data)
 
     def shard(self, name: str, rank: int) -> bytearray:
         """One rank's own tensor, padding included, in C order; empty where it holds nothing."""
@@ -54,5 +54,5 @@ class Bytes:
         shard = stored.layout.shards[rank]
         own = bytearray(byte_count(stored.dtype, shard.shape) if shard else 0)
         with SourceFiles(self._shards) as files:
-            files.read(stored, rank, 0, memoryview(own))
+            files.read(stored, rank, 0, np.frombuffer(own, np.uint8))
         return own

@@ -12,14 +12,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from tpshard.blocks import Bytes, extract, fill
 from tpshard.checkpoint import Checkpoint, Stored
 from tpshard.digest import Hasher, hasher_factory
 from tpshard.errors import InputError, printable
-from tpshard.execute import SLAB, SourceFiles
+from tpshard.execute import SLAB
 from tpshard.header import DTYPE_BITS
-from tpshard.layout import Box, Layout, Shard, slabs
-from tpshard.plan import Transfer, plan
+from tpshard.layout import Layout
+from tpshard.plan import plan
+from tpshard.slabs import Bytes, Contact, Rooms, cut_into_slabs
+from tpshard.sources import SourceFiles
 from tpshard.verify.report import CheckResult, Finding
 
 
@@ -92,9 +93,9 @@ class _Comparison:
         self.tensor, self.whole, self.own, self.other = tensor, whole, own, other
         self.bits = DTYPE_BITS[tensor.dtype]
         self.new_hasher = hasher_factory(checkpoint.manifest.algorithm)
-        self.cursor = [0] * checkpoint.ranks
         self.hashers: list[Hasher] = [self.new_hasher() for _ in range(checkpoint.ranks)]
         self.findings: dict[int, Finding] = {}
+        self.rooms = Rooms()
 
     def run(self, against_source: bool) -> list[Finding]:
         try:
@@ -103,16 +104,14 @@ class _Comparison:
             return [Finding(error.message, tensor=self.tensor.name)]
         general = _row_overlap(self.tensor)
         hasher = self.new_hasher()
-        for slab in slabs(transfer.shape, SLAB):
-            data = np.empty(slab.shape, np.uint8)
-            fill(slab, transfer.reads, lambda rank, at, into: self.other.read(self.whole, rank, at, into), data)
-            hasher.update(data.reshape(-1).data)
-            for rank, shard in enumerate(transfer.writes):
-                if shard is not None:
-                    self._compare(rank, shard, slab, data)
-        for rank, shard in enumerate(transfer.writes):
-            if shard is not None:
-                self._finish(rank, shard, transfer)
+        for slab in cut_into_slabs(transfer, SLAB):
+            data = self.rooms.get(0, slab.size)
+            self.other.fill([(self.whole, slab, 0)], data)
+            hasher.update(data.data)
+            for contact in slab.writes:
+                self._compare(contact, data.reshape(slab.shape))
+        for holding in transfer.writes:
+            self._finish(holding.rank)
         return [*general, *self._digest_findings(hasher.hexdigest(), against_source), *self.findings.values()]
 
     def _digest_findings(self, digest: str, against_source: bool) -> list[Finding]:
@@ -124,38 +123,30 @@ class _Comparison:
             return [Finding("the source's bytes are not those that were cut: its digest differs", tensor=record.name)]
         return [Finding(f"rebuilt, its digest is {digest}; the source's was {record.digest}", tensor=record.name)]
 
-    def _compare(self, rank: int, shard: Shard, slab: Box, data: Bytes) -> None:
-        found = extract(shard, slab, data)
-        if found is None:
-            return
-        offset, expected = found
-        self._expect_zeros(rank, shard, offset)
-        actual = self._read(rank, offset, len(expected))
-        if rank not in self.findings and not np.array_equal(actual, np.frombuffer(expected, np.uint8)):
-            at = int(np.flatnonzero(actual != np.frombuffer(expected, np.uint8))[0])
-            width = max(1, self.bits // 8)
-            begin = at // width * width
-            have, want = (bytes(part[begin : begin + width])[::-1].hex() for part in (actual.data, expected))
-            self._note(rank, f"first bad element {self._element(rank, offset + at)}: 0x{have}, want 0x{want}")
-        self.cursor[rank] = offset + len(expected)
-
-    def _expect_zeros(self, rank: int, shard: Shard, until: int) -> None:
-        """What lies between the cursor and ``until`` is padding."""
-        while self.cursor[rank] < until:
-            actual = self._read(rank, self.cursor[rank], min(SLAB, until - self.cursor[rank]))
+    def _compare(self, contact: Contact, slab: Bytes) -> None:
+        rank, begin = contact.rank, contact.offset - contact.lead
+        for offset in range(begin, contact.offset, SLAB):
+            actual = self._read(rank, offset, min(SLAB, contact.offset - offset))
             if rank not in self.findings and actual.any():
-                at = self.cursor[rank] + int(np.flatnonzero(actual)[0])
+                at = offset + int(np.flatnonzero(actual)[0])
                 self._note(rank, f"padding at {self._element(rank, at)} is not zero")
-            self.cursor[rank] += len(actual)
+        expected = contact.take(slab, self.rooms.get(1, contact.size))
+        actual = self._read(rank, contact.offset, contact.size)
+        if rank not in self.findings and not np.array_equal(actual, expected):
+            at = int(np.flatnonzero(actual != expected)[0])
+            width = max(1, self.bits // 8)
+            first = at // width * width
+            have, want = (part[first : first + width].tobytes()[::-1].hex() for part in (actual, expected))
+            element = self._element(rank, contact.offset + at)
+            self._note(rank, f"first bad element {element}: 0x{have}, want 0x{want}")
 
     def _read(self, rank: int, offset: int, count: int) -> Bytes:
-        actual = np.empty(count, np.uint8)
-        self.own.read(self.tensor, rank, offset, actual.data)
+        actual = self.rooms.get(2, count)
+        self.own.read(self.tensor, rank, offset, actual)
         self.hashers[rank].update(actual.data)
         return actual
 
-    def _finish(self, rank: int, shard: Shard, transfer: Transfer) -> None:
-        self._expect_zeros(rank, shard, shard.volume)
+    def _finish(self, rank: int) -> None:
         record = self.tensor.record
         assert record is not None
         want, have = record.shard_digest(rank), self.hashers[rank].hexdigest()

@@ -1,0 +1,84 @@
+"""Reading bytes of a checkpoint's files, wherever a rank's own tensor lies."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterable
+
+from tpshard.checkpoint import Checkpoint, Stored
+from tpshard.errors import InputError, StorageError, printable
+from tpshard.slabs import Bytes, Rooms, Slab
+from tpshard.staging import storage_errors
+
+MAX_OPEN = 64
+
+
+class SourceFiles:
+    """A checkpoint's files, open for reading, a bounded number at a time. Belongs to one thread."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._open: OrderedDict[int, int] = OrderedDict()
+        self._rooms = Rooms()
+
+    def __enter__(self) -> SourceFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for fd in self._open.values():
+            os.close(fd)
+        self._open.clear()
+
+    def read(self, stored: Stored, rank: int, offset: int, into: Bytes) -> None:
+        """Fill ``into`` from byte ``offset`` of one rank's own tensor."""
+        file, begin = self._place(stored, rank)
+        self._read(file, begin + offset, into)
+
+    def fill(self, slabs: Iterable[tuple[Stored, Slab, int]], buffer: Bytes) -> None:
+        """Fill slabs that lie in ``buffer`` from the given place on. What is contiguous in file and buffer, as the
+        small tensors of a full checkpoint are, is read at once."""
+        file, at, begin, size = -1, 0, 0, 0  # the run to be read
+        for stored, slab, start in slabs:
+            for contact in slab.reads:
+                if contact.begin is None:
+                    room = self._rooms.get(0, contact.size)
+                    self.read(stored, contact.rank, contact.offset, room)
+                    contact.put(room, buffer[start : start + slab.size].reshape(slab.shape))
+                    continue
+                next_file, next_at = self._place(stored, contact.rank)
+                next_at, next_begin = next_at + contact.offset, start + contact.begin
+                if (file, at + size, begin + size) == (next_file, next_at, next_begin):
+                    size += contact.size
+                    continue
+                if size:
+                    self._read(file, at, buffer[begin : begin + size])
+                file, at, begin, size = next_file, next_at, next_begin, contact.size
+        if size:
+            self._read(file, at, buffer[begin : begin + size])
+
+    def _place(self, stored: Stored, rank: int) -> tuple[int, int]:
+        place = stored.places[rank]
+        if place is None:
+            raise InputError(f"{printable(stored.name)}: rank {rank} holds nothing of it")
+        return place.file, place.offset
+
+    def _read(self, index: int, offset: int, into: Bytes) -> None:
+        fd, path, room, done = self._descriptor(index), self._checkpoint.files[index].path, into.data, 0
+        while done < len(room):
+            with storage_errors(path):
+                count = os.preadv(fd, [room[done:]], offset + done)
+            if count == 0:
+                raise StorageError(f"{path}: ends at byte {offset + done}, {len(room) - done} more were expected")
+            done += count
+
+    def _descriptor(self, index: int) -> int:
+        if index in self._open:
+            self._open.move_to_end(index)
+            return self._open[index]
+        if len(self._open) >= MAX_OPEN:
+            os.close(self._open.popitem(last=False)[1])
+        path = self._checkpoint.files[index].path
+        with storage_errors(path):
+            self._open[index] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return self._open[index]
