@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -19,7 +17,7 @@ from tpshard.cli.options import Count, Size
 from tpshard.cli.render import table
 
 from . import models
-from .measure import Sample, remove, run, warm
+from .measure import Sample, remove, run, touch, warm
 
 TPSHARD = [sys.executable, "-m", "tpshard"]
 USUAL = [sys.executable, "-m", "tests.bench.usual"]
@@ -39,20 +37,29 @@ class Trial:
         return self.sample.seconds / self.copy.seconds
 
 
-def trial(method: str, command: Sequence[str], source: Path, target: Path) -> Trial:
-    """``cp -r`` of the source, removed again, then the command; both from a warm page cache, nothing unwritten."""
-    samples = []
-    for each in (["cp", "-r", str(source), str(target)], list(command)):
-        remove(target)
-        os.sync()
-        warm(source)
-        samples.append(run(each))
-    return Trial(method, samples[1], samples[0])
+@dataclasses.dataclass(frozen=True, slots=True)
+class Bench:
+    """Where to work, and how much memory to touch before each run."""
+
+    scratch: Path
+    touched: int
+
+    def trial(self, method: str, command: Sequence[str], source: Path, target: Path) -> Trial:
+        """``cp -r`` of the source, removed again, then the command; both from a warm page cache, nothing unwritten."""
+        samples = []
+        for each in (["cp", "-r", str(source), str(target)], list(command)):
+            remove(target)
+            os.sync()
+            warm(source)
+            if self.touched:
+                touch(self.touched)
+            samples.append(run(each))
+        return Trial(method, samples[1], samples[0])
 
 
-def one_round(scratch: Path, source: Path, tp: int, usual: Sequence[str]) -> Iterator[Trial]:
+def one_round(bench: Bench, source: Path, tp: int, usual: Sequence[str]) -> Iterator[Trial]:
     """Every method once; leaves the source only."""
-    shards, target = scratch / "shards", scratch / "target"
+    shards, target, trial = bench.scratch / "shards", bench.scratch / "target", bench.trial
     for way in usual:
         yield trial(f"usual: {way}", [*USUAL, way, str(source), str(target), str(tp)], source, target)
         remove(target)
@@ -94,20 +101,6 @@ def bench_plan(scratch: Path, rounds: int) -> list[Trial]:
     return [Trial("plan, 16 ranks", run([*command, "--policy", policy]), nothing) for _ in range(rounds)]
 
 
-@contextlib.contextmanager
-def held_memory(size: int | None) -> Iterator[None]:
-    if size is None:
-        yield
-        return
-    command = [sys.executable, "-m", "tests.bench.hold", str(size)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdin
-        assert process.stdout
-        process.stdout.readline()
-        yield
-        process.stdin.close()
-
-
 @click.command()
 @click.option("--size", "sizes", type=Size(), multiple=True, help="Of a checkpoint, e.g. 2GB; may be given again.")
 @click.option("--rounds", type=Count(), default=3, show_default=True)
@@ -115,7 +108,9 @@ def held_memory(size: int | None) -> Iterator[None]:
 @click.option("--usual", type=click.Choice(["loop", "held"]), multiple=True, help="Compare with these as well.")
 @click.option("--plan", "with_plan", is_flag=True, help="Plan a checkpoint of 94,000 tensors for 16 ranks.")
 @click.option("--scratch", type=click.Path(path_type=Path, file_okay=False), help="Folder for what is written.")
-@click.option("--hold-memory", type=Size(), metavar="SIZE", help="Where the host takes back free memory.")
+@click.option(
+    "--touch", "touched", type=Size(), metavar="SIZE", help="Where the host takes back free memory."
+)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write every run's numbers here.")
 def main(
     sizes: tuple[int, ...],
@@ -124,16 +119,18 @@ def main(
     usual: tuple[str, ...],
     with_plan: bool,
     scratch: Path | None,
-    hold_memory: int | None,
+    touched: int | None,
     json_file: Path | None,
 ) -> None:
     """Measure split, merge and reshard against cp -r, and with --plan the planning of a very large checkpoint."""
     results: dict[str, list[Trial]] = {}
-    with tempfile.TemporaryDirectory(dir=scratch, prefix="tpshard-bench-") as name, held_memory(hold_memory):
+    with tempfile.TemporaryDirectory(dir=scratch, prefix="tpshard-bench-") as name:
         for size in sizes or (() if with_plan else (2 * 10**9,)):
             source = models.llama(Path(name, "source"), size)
             label = f"{sum(path.stat().st_size for path in source.iterdir()) / 1e9:.1f} GB"
-            results[label] = [t for _ in range(rounds) for t in one_round(Path(name), source, tp, usual)]
+            results[label] = [
+                t for _ in range(rounds) for t in one_round(Bench(Path(name), touched or 0), source, tp, usual)
+            ]
             remove(source)
             click.echo(f"{label}, {rounds} rounds\n\n{report(results[label])}\n")
         if with_plan:

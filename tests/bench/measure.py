@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -67,6 +68,16 @@ def warm(folder: Path) -> None:
         with path.open("rb", buffering=0) as file:
             while file.readinto(buffer):
                 pass
+
+
+def touch(size: int) -> None:
+    """Use so much memory and give it back.
+
+    The host of a virtual machine may take back what the guest leaves free, and give it again page by page: the same
+    copy then takes 0.6 or 6 seconds. Memory that was in use a moment ago is still there.
+    """
+    code = "import mmap, sys; m = mmap.mmap(-1, int(sys.argv[1])); m[::4096] = b'1' * len(range(0, len(m), 4096))"
+    subprocess.run([sys.executable, "-c", code, str(size)], check=True)
 
 
 def remove(folder: Path) -> None:
