@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tests.build import (
@@ -322,6 +324,26 @@ def checkpoints(draw: st.DrawFn) -> tuple[dict[str, Tensor], str]:
         tensors[f"t{n}"] = tensor(draw(dtypes), shape, n)
         text += f"  t{n}: {draw(rules)}\n"
     return tensors, text
+
+
+@given(checkpoints(), st.integers(1, 6), st.integers(1, 6), st.sampled_from([None, 1, 50]), st.integers(1, 3))
+def test_any_checkpoint_comes_back(
+    case: tuple[dict[str, Tensor], str], first: int, second: int, limit: int | None, workers: int
+) -> None:
+    """Split and merged it is itself; resharded it is a split of the whole. Or it is refused."""
+    tensors, text = case
+    with tempfile.TemporaryDirectory() as place:
+        root = Path(place)
+        (root / "m").mkdir()
+        save(root / "m" / "model.safetensors", tensors, {"format": "pt"})
+        policy = policy_file(root, text)
+        try:
+            split(root / "m", root / "one", first, policy, max_shard_size=limit, workers=workers)
+            split(root / "m", root / "two", second, policy, max_shard_size=limit, workers=workers)
+        except PolicyError:
+            assume(False)
+        assert tree(merge(root / "one", root / "again", workers=workers)) == tree(root / "m")
+        assert tree(reshard(root / "one", root / "other", second, max_shard_size=limit)) == tree(root / "two")
 
 
 # ---------------------------------------------------------------------------------------------- what is damaged

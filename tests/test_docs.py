@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from pathlib import Path
@@ -61,6 +62,28 @@ def test_manifest_matches_its_schema(tmp_path: Path) -> None:
         jsonschema.validate(manifest, schema)
 
 
+def test_the_python_in_the_docs_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/api.md").read_text("utf-8"), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(block, {})
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith("57 tensors, ")
+    assert out[1] == "PASS"
+    assert out[-1].startswith("model.layers.0.self_attn.k_proj.weight BF16 (48, 312) ")
+
+
+def test_the_api_page_names_every_function() -> None:
+    from tpshard import api
+
+    page = (ROOT / "docs/api.md").read_text("utf-8")
+    for name, function in vars(api).items():
+        if getattr(function, "__module__", "") == api.__name__ and not isinstance(function, type):
+            named = set(re.findall(r"\w+", re.findall(rf"`{name}\((.*?)\)`", page)[0].replace('"', "")))
+            assert set(inspect.signature(function).parameters) <= named, name
+
+
 def test_the_policy_in_the_readme_works(tmp_path: Path) -> None:
     from tpshard.convert import plan_split
     from tpshard.demo import make_checkpoint
@@ -85,12 +108,16 @@ def test_json_keys_are_documented(tmp_path: Path, capsys: pytest.CaptureFixture[
         ["inspect", shards, "--filter", "lm_head"],
         ["verify", shards, "--level", "files"],
         ["merge", shards, str(tmp_path / "again")],
+        ["reshard", shards, str(tmp_path / "four"), "--tp", "4"],
+        ["policy", "list"],
+        ["policy", "show", "phi3"],
+        ["policy", "check", "llama", model, "--tp", "2,5"],
         ["split", model, shards, "--tp", "2"],  # exists by now: an error
     ]
     for line in lines:
         _run([*line, "--json"])
         for key in keys(json.loads(capsys.readouterr().out)):
-            assert f"`{key}`" in page, f"{line[0]}: {key}"
+            assert f"`{key}`" in page or f"`{key}[]`" in page, f"{line[0]}: {key}"
 
 
 def keys(value: object) -> set[str]:
@@ -98,7 +125,7 @@ def keys(value: object) -> set[str]:
     if isinstance(value, dict):
         found = set(value)
         for key, item in value.items():
-            if key not in ("covered", "figures", "spans"):
+            if key not in ("covered", "figures", "spans", "for", "documents", "digests"):
                 found |= keys(item)
         return found
     return set().union(*map(keys, value)) if isinstance(value, list) else set()

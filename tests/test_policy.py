@@ -16,7 +16,8 @@ from tpshard.document import parse_documents
 from tpshard.errors import PolicyError, UsageError
 from tpshard.layout import Layout
 from tpshard.library import builtin_policies, choose_policy, policy_as_data, policy_from_data, read_policies
-from tpshard.policy import Policy, parse_policy, rule_layout
+from tpshard.policy import Policy, rule_layout
+from tpshard.policy_parsing import parse_policy
 from tpshard.roles import Role
 
 CONFIG = config(3, d_state=7, groups=2)

@@ -13,7 +13,8 @@ from tpshard.cli.main import _run
 from tpshard.document import parse_documents
 from tpshard.errors import PolicyError
 from tpshard.library import builtin_policies
-from tpshard.policy import KINDS, POLICY_KEYS, RULE_KEYS, parse_policy
+from tpshard.policy import KINDS, POLICY_KEYS, RULE_KEYS
+from tpshard.policy_parsing import parse_policy
 from tpshard.policy_schema import KIND_DESCRIPTIONS, POLICY_PROPERTIES, RULE_PROPERTIES, policy_schema
 
 ROOT = Path(__file__).parent.parent

@@ -16,7 +16,8 @@ from tpshard.errors import InputError, StorageError, printable
 from tpshard.folder import MANIFEST_NAME, WeightFiles, carried_files, find_weights, read_config
 from tpshard.header import Header, byte_count, read_header
 from tpshard.layout import Layout, Shape
-from tpshard.manifest import FileRecord, Manifest, TensorRecord, read_manifest
+from tpshard.manifest import FileRecord, Manifest, TensorRecord
+from tpshard.manifest_parsing import read_manifest
 from tpshard.roles import Role
 
 

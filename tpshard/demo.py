@@ -57,8 +57,9 @@ def tensor_shapes() -> dict[str, Shape]:
     return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (vocab, hidden)}
 
 
-def make_checkpoint(folder: Path, seed: int = 0) -> int:
+def make_checkpoint(folder: Path | str, seed: int = 0) -> int:
     """Write the checkpoint into a new folder; returns its bytes. The same seed gives the same bytes."""
+    folder = Path(folder)
     folder.mkdir(parents=True)
     shapes = tensor_shapes()
     names = list(shapes)

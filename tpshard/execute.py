@@ -182,7 +182,8 @@ class _Run:
         part = _Part(outputs, [])
         self._parts.append(part)
         for output in outputs:
-            part.files.append(OutputFile(self._staging, output.name, self._plan.header(output), self._new_hasher()))
+            part.files.append(OutputFile(self._staging, output.name, self._new_hasher()))
+            part.files[-1].begin(self._plan.header(output))
         return part
 
     def _tensor(self, index: int, item: Item, transfer: Transfer, ends: list[int]) -> _Tensor:

@@ -12,7 +12,8 @@ from typing import Any
 
 from tpshard.document import Mark, Node, did_you_mean, parse_documents, read_documents
 from tpshard.errors import PolicyError, printable
-from tpshard.policy import Policy, parse_policy
+from tpshard.policy import Policy
+from tpshard.policy_parsing import parse_policy
 
 MAX_LEVELS = 16
 

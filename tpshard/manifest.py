@@ -10,15 +10,10 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any
 
-from tpshard.digest import ALGORITHMS
-from tpshard.errors import InputError, printable
-from tpshard.folder import MANIFEST_NAME, is_bare_name, read_json
-from tpshard.header import DTYPE_BITS, check_names
-from tpshard.layout import Layout, Shape, Shard, Span
-from tpshard.roles import Gather, Kind, Role
+from tpshard.layout import Layout, Shape, Shard
+from tpshard.roles import Role
 
 FORMAT = "tpshard-manifest"
 VERSION = 1
@@ -93,9 +88,6 @@ class Manifest:
     carried: tuple[CarriedRecord, ...]
 
 
-# ---------------------------------------------------------------------------------------------- to JSON
-
-
 def layout_as_data(layout: Layout) -> dict[str, Any]:
     """A layout as JSON data: of each rank its own shape, and the runs along the axes that are not whole."""
     return {"shape": list(layout.shape), "shards": [_shard_as_data(shard, layout.shape) for shard in layout.shards]}
@@ -159,151 +151,11 @@ def _sealed(data: dict[str, Any]) -> bytes:
             lines.append(f"{json.dumps(key)}: [\n{items}\n ]")
         else:
             lines.append(f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}")
-    lines.append(f'"seal": "{_seal(data)}"')
+    lines.append(f'"seal": "{seal_of(data)}"')
     return ("{\n " + ",\n ".join(lines) + "\n}\n").encode("utf-8")
 
 
-def _seal(data: Mapping[str, Any]) -> str:
+def seal_of(data: Mapping[str, Any]) -> str:
     """SHA-256 of the canonical JSON (sorted keys, no spaces) of everything but the seal itself."""
     canonical = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(canonical.encode("utf-8")).hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------- from JSON
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a shard folder, fully checked. Raises InputError."""
-    path = folder / MANIFEST_NAME
-    data = read_json(path)
-    if data.get("format") != FORMAT:
-        raise InputError(f"{path}: is not a tpshard manifest")
-    if data.get("version") != VERSION:
-        raise InputError(f"{path}: version {printable(repr(data.get('version')), 40)}, this tpshard reads {VERSION}")
-    seal = data.pop("seal", None)
-    if seal != _seal(data):
-        raise InputError(f"{path}: was changed after it was written (its seal does not match)")
-    try:
-        return _manifest_from(data)
-    except InputError as error:
-        raise InputError(f"{path}: {error.message}", hint=error.hint) from None
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise InputError(f"{path}: is malformed: {type(error).__name__} {printable(str(error))}") from None
-
-
-def _manifest_from(data: Mapping[str, Any]) -> Manifest:
-    ranks = _count(data["ranks"], "ranks")
-    if not 1 <= ranks <= MAX_RANKS:
-        raise InputError(f"ranks is {ranks}, must be from 1 to {MAX_RANKS}")
-    unknown = sorted(set(data) - KEYS)
-    if unknown:
-        raise InputError(f"unknown field '{printable(unknown[0])}'")
-    if data["digest"] not in ALGORITHMS:
-        raise InputError(f"digest {printable(repr(data['digest']), 40)} is unknown")
-    layouts = [_layout_from(item) for item in data["layouts"]]
-    roles = [_role_from(item) for item in data["roles"]]
-    if any(layout.ranks != ranks for layout in layouts):
-        raise InputError(f"a layout has not {ranks} ranks")
-    manifest = Manifest(
-        ranks=ranks,
-        algorithm=data["digest"],
-        policy=str(data["policy"]["name"]),
-        policy_documents=tuple(data["policy"]["documents"]),
-        sources=tuple(SourceFile(_bare(s["name"]), _texts(s["metadata"])) for s in data["sources"]),
-        tensors=tuple(_tensor_from(item, layouts, roles, ranks) for item in data["tensors"]),
-        files=tuple(_file_from(item) for item in data["files"]),
-        carried=tuple(
-            CarriedRecord(_relative(c["name"]), _count(c["size"], "size"), str(c["digest"])) for c in data["carried"]
-        ),
-    )
-    _check_whole(manifest)
-    return manifest
-
-
-def _check_whole(manifest: Manifest) -> None:
-    check_names((record.name for record in manifest.tensors), "tensors")
-    if len({record.name for record in manifest.tensors}) != len(manifest.tensors):
-        raise InputError("a tensor is listed twice")
-    for kind in (manifest.sources, manifest.carried):
-        names = [record.name for record in kind]
-        if len(set(names)) != len(names):
-            raise InputError("a source file or a carried file is listed twice")
-    places = {(record.rank, record.part) for record in manifest.files}
-    if len(places) != len(manifest.files) or len({record.name for record in manifest.files}) != len(manifest.files):
-        raise InputError("a file, or a rank's part, is listed twice")
-    parts = {record.part for record in manifest.tensors} | {record.part for record in manifest.files}
-    missing = {(rank, part) for rank in range(manifest.ranks) for part in parts} - places
-    if missing:
-        rank, part = min(missing)
-        raise InputError(f"no file is listed for rank {rank}, part {part}")
-    if any(rank >= manifest.ranks for rank, _ in places):
-        raise InputError(f"a file is listed for a rank that is not among the {manifest.ranks}")
-    if any(record.source >= len(manifest.sources) for record in manifest.tensors):
-        raise InputError("a tensor names a source file that is not listed")
-
-
-def _layout_from(item: Mapping[str, Any]) -> Layout:
-    shape = _shape(item["shape"])
-    return Layout(shape, tuple(_shard_from(shard, shape) for shard in item["shards"]))
-
-
-def _shard_from(item: Mapping[str, Any] | None, whole: Shape) -> Shard | None:
-    if item is None:
-        return None
-    spans = list(Shard.whole(whole).spans)
-    for axis, runs in item["spans"].items():
-        spans[int(axis)] = tuple(Span(_count(a, "run"), _count(b, "run")) for a, b in runs)
-    return Shard(_shape(item["shape"]), tuple(spans))
-
-
-def _role_from(item: Mapping[str, Any]) -> Role:
-    if item["rule"] not in get_args(Kind) or item["gather"] not in get_args(Gather):
-        raise InputError(f"role {printable(str(item))} is unknown")
-    return Role(cast(Kind, item["rule"]), cast(Gather, item["gather"]), str(item["pattern"]))
-
-
-def _tensor_from(item: Mapping[str, Any], layouts: Sequence[Layout], roles: Sequence[Role], ranks: int) -> TensorRecord:
-    name = str(item["name"])
-    shards = item.get("shards", [None] * ranks)
-    if item["dtype"] not in DTYPE_BITS:
-        raise InputError(f"{printable(name)}: dtype {printable(str(item['dtype']), 40)} is unknown")
-    if len(shards) != ranks or not all(digest is None or isinstance(digest, str) for digest in shards):
-        raise InputError(f"{printable(name)}: does not list a digest for each of {ranks} ranks")
-    layout, role = layouts[_count(item["layout"], "layout")], roles[_count(item["role"], "role")]
-    part, source = _count(item["part"], "part"), _count(item["source"], "source")
-    return TensorRecord(name, item["dtype"], layout, role, part, source, str(item["digest"]), tuple(shards))
-
-
-def _file_from(item: Mapping[str, Any]) -> FileRecord:
-    rank, part, size = _count(item["rank"], "rank"), _count(item["part"], "part"), _count(item["size"], "size")
-    return FileRecord(_bare(item["name"]), rank, part, size, str(item["digest"]))
-
-
-def _count(value: object, what: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
-        raise InputError(f"{what} is {printable(repr(value), 40)}, not a count")
-    return value
-
-
-def _shape(value: object) -> Shape:
-    if not isinstance(value, list):
-        raise InputError(f"shape is {printable(repr(value), 40)}")
-    return tuple(_count(n, "shape") for n in value)
-
-
-def _texts(value: Mapping[str, Any]) -> dict[str, str]:
-    if not all(isinstance(text, str) for text in value.values()):
-        raise InputError("metadata of a source file is not text")
-    return dict(value)
-
-
-def _bare(name: object) -> str:
-    if not isinstance(name, str) or not is_bare_name(name):
-        raise InputError(f"'{printable(str(name))}' is not a file name")
-    return name
-
-
-def _relative(name: object) -> str:
-    if not isinstance(name, str) or not all(is_bare_name(part) for part in name.split("/")):
-        raise InputError(f"'{printable(str(name))}' is not a path inside the folder")
-    return name

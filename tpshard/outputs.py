@@ -16,11 +16,12 @@ MOST_AT_ONCE = 512  # pieces in one write; Linux allows 1024
 class OutputFile:
     """``digested``: how far the digest has come, in bytes. What is not written is a hole, and reads as zeros."""
 
-    def __init__(self, staging: Staging, name: str, header: bytes, hasher: Hasher) -> None:
-        self.name = name
+    def __init__(self, staging: Staging, name: str, hasher: Hasher) -> None:
         self._hasher = hasher
         self._file = staging.create(name, buffering=0)
         self.digested = 0
+
+    def begin(self, header: bytes) -> None:
         self.digest(0, header, None)
         self.write([(0, header)])
 

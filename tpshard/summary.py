@@ -83,6 +83,7 @@ def summarise(conversion: Conversion) -> Summary:
         whole, padding = whole + size, padding + pad
         row = rows.setdefault(role, [0, 0, 0, 0])
         row[:] = [row[0] + count, row[1] + size, row[2] + max(sizes) * count, row[3] + pad]
+    order = {rule.key: place for place, rule in enumerate(conversion.policy.rules)} if conversion.policy else {}
     return Summary(
         tensors=len(plan.items),
         size=whole,
@@ -91,7 +92,10 @@ def summarise(conversion: Conversion) -> Summary:
         replicated=sum(per_rank) - whole - padding,
         disk_needed=sum(per_rank),
         files=len(plan.outputs),
-        rules=tuple(RuleSummary(role.pattern, _rule_text(role), *row) for role, row in rows.items()),
+        rules=tuple(
+            RuleSummary(role.pattern, _rule_text(role), *row)
+            for role, row in sorted(rows.items(), key=lambda pair: order.get(pair[0].pattern, len(order)))
+        ),
     )
 
 

@@ -108,9 +108,7 @@ def bench_plan(scratch: Path, rounds: int) -> list[Trial]:
 @click.option("--usual", type=click.Choice(["loop", "held"]), multiple=True, help="Compare with these as well.")
 @click.option("--plan", "with_plan", is_flag=True, help="Plan a checkpoint of 94,000 tensors for 16 ranks.")
 @click.option("--scratch", type=click.Path(path_type=Path, file_okay=False), help="Folder for what is written.")
-@click.option(
-    "--touch", "touched", type=Size(), metavar="SIZE", help="Where the host takes back free memory."
-)
+@click.option("--touch", "touched", type=Size(), metavar="SIZE", help="Where the host takes back free memory.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write every run's numbers here.")
 def main(
     sizes: tuple[int, ...],

@@ -25,7 +25,7 @@ class Count(click.ParamType):  # type: ignore[type-arg]
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
-        if not re.fullmatch(r"[1-9][0-9]{0,8}", value):
+        if not re.fullmatch(r"[1-9][0-9]{0,17}", value):
             self.fail(f"'{value}' is not a whole number from 1, in plain decimal", param, ctx)
         return int(value)
 

@@ -11,7 +11,7 @@ from tpshard.checkpoint import Checkpoint, Opening
 from tpshard.digest import hasher_factory
 from tpshard.errors import InputError, StorageError
 from tpshard.folder import MANIFEST_NAME
-from tpshard.manifest import read_manifest
+from tpshard.manifest_parsing import read_manifest
 from tpshard.verify.report import CheckResult, Finding
 
 CHUNK = 2**20
@@ -23,9 +23,7 @@ def check_files(folder: Path, workers: int, progress: Callable[[int], object]) -
     Raises InputError where the folder has no manifest at all.
     """
     if not (folder / MANIFEST_NAME).exists():
-        raise InputError(
-            f"{folder}: has no {MANIFEST_NAME}", hint="verify takes the folder that split or reshard wrote"
-        )
+        read_manifest(folder)  # says what is wrong
     try:
         opening = Opening(folder, read_manifest(folder))
     except InputError as error:

@@ -1,0 +1,99 @@
+"""The Python interface: the commands as functions, in the same words.
+
+>>> import tempfile, pathlib
+>>> from tpshard import api
+>>> from tpshard.demo import make_checkpoint
+>>> with tempfile.TemporaryDirectory() as scratch:
+...     model, shards = pathlib.Path(scratch, "model"), pathlib.Path(scratch, "shards")
+...     _ = make_checkpoint(model)
+...     done = api.split(model, shards, tp=2)
+...     report = api.verify(shards, against=model, level="weights")
+>>> done.tensors, report.verdict.name
+(57, 'PASS')
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from os import PathLike
+from pathlib import Path
+
+from tpshard import convert
+from tpshard.checkpoint import Checkpoint, open_checkpoint
+from tpshard.convert import DEFAULT_DIGEST, Done, Options
+from tpshard.verify.report import Report
+from tpshard.verify.run import Level, Request
+from tpshard.verify.run import verify as run_checks
+
+Folder = str | PathLike[str]
+Progress = Callable[[int], object]
+
+
+def split(
+    source: Folder,
+    target: Folder,
+    *,
+    tp: int,
+    policy: str = "auto",
+    max_shard_size: int | None = None,
+    digest: str = DEFAULT_DIGEST,
+    workers: int = 0,
+    progress: Progress = lambda count: None,
+) -> Done:
+    """Cut a full checkpoint for ``tp`` ranks into the new folder ``target``.
+
+    ``policy``: ``auto``, a built-in name or a YAML file. ``max_shard_size`` in bytes; ``progress`` is called with
+    the bytes just read. Raises TpshardError; the target is then as it was before.
+    """
+    options = Options(max_shard_size, digest, workers, progress)
+    return convert.run(convert.plan_split(Path(source), Path(target), tp, policy, options), options)
+
+
+def merge(
+    source: Folder,
+    target: Folder,
+    *,
+    max_shard_size: int | None = None,
+    workers: int = 0,
+    progress: Progress = lambda count: None,
+) -> Done:
+    """Rebuild the full checkpoint from a shard folder; every tensor must have its recorded digest."""
+    options = Options(max_shard_size=max_shard_size, workers=workers, progress=progress)
+    return convert.run(convert.plan_merge(Path(source), Path(target), options), options)
+
+
+def reshard(
+    source: Folder,
+    target: Folder,
+    *,
+    tp: int,
+    policy: str | None = None,
+    max_shard_size: int | None = None,
+    workers: int = 0,
+    progress: Progress = lambda count: None,
+) -> Done:
+    """Recut a shard folder for ``tp`` ranks, by the policy it was cut with unless another is given."""
+    options = Options(max_shard_size=max_shard_size, workers=workers, progress=progress)
+    return convert.run(convert.plan_reshard(Path(source), Path(target), tp, policy, options), options)
+
+
+def verify(
+    folder: Folder,
+    *,
+    against: Folder | None = None,
+    level: Level | None = None,
+    model: str | None = None,
+    workers: int = 0,
+    progress: Progress = lambda count: None,
+) -> Report:
+    """Check a shard folder; ``report.verdict`` is PASS, FAIL or INCONCLUSIVE.
+
+    ``level``: the deepest check, all that can be run by default; ``model``: ``package.module:function``.
+    """
+    source = Path(against) if against is not None else None
+    return run_checks(Request(Path(folder), source, level, model, workers, progress))
+
+
+def inspect(folder: Folder) -> Checkpoint:
+    """A checkpoint or shard folder with its headers read: names, shapes, dtypes, layouts and places."""
+    return open_checkpoint(Path(folder))
