@@ -22,7 +22,7 @@ from tpshard.slabs import Bytes, Contact, KnownSlabs, Rooms, Slab
 from tpshard.sources import SourceFiles
 from tpshard.staging import Staging
 
-SLAB = 2 * 2**20  # bytes: stays in a core's own cache; measured against 0.5 to 8 MiB
+SLAB = 4 * 2**20  # bytes: measured against 0.5 to 8 MiB; smaller costs more calls, larger more cache
 
 Progress = Callable[[int], object]
 
