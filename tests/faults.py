@@ -150,13 +150,14 @@ WRONG_POLICIES = [
     ("W28", "norm cut", "qwen2", 2, "input_layernorm: column", MODEL, "layers.0.input_layernorm"),
     ("W28", "norm cut", "bert", 2, "attention.output.LayerNorm: column", MODEL, "layer.0.attention.output.LayerNorm"),
     ("W28", "norm cut", "gpt2", 2, "ln_f: column", MODEL, "ln_f"),
+    ("W29", "norm over all heads, q and k not gathered", "olmo2", 2, "self_attn.q_proj: {rule: column, heads: H}\nself_attn.k_proj: {rule: column, heads: K}", FORWARD, "layers.0.self_attn"),
     ("W31", "per-head norm cut inside the head", "qwen3", 2, "q_norm: column", MODEL, "layers.0.self_attn.q_norm"),
     ("W44", "embedding cut on hidden, not gathered", "qwen2", 2, "embed_tokens: {rule: column, dims: io}", MODEL, "embed"),
     ("W44", "embedding cut on hidden, not gathered", "bert", 2, "word_embeddings: {rule: column, dims: io}", MODEL, "word"),
     ("W46", "head not gathered", "qwen2", 2, "lm_head: column", FORWARD, "lm_head"),
 ]  # fmt: skip
 
-BASES = {"gpt2": "gpt2", "phi3": "phi3", "qwen2": "llama", "qwen3": "llama", "bert": "bert"}
+BASES = {"gpt2": "gpt2", "phi3": "phi3", "olmo2": "olmo2", "qwen2": "llama", "qwen3": "llama", "bert": "bert"}
 
 
 def wrong_layouts() -> Iterator[Fault]:
@@ -234,12 +235,17 @@ def wrong_folders() -> Iterator[Fault]:
     ]  # fmt: skip
     for id_, what, change, reseal, named in changes:
         yield Fault(id_, what, "qwen2", 2, folder_fault(change, reseal), files, named, level="weights")
+    tied = folder_fault(lambda f: f.edit_config(tie_word_embeddings=True), reseal=True)
+    yield Fault("W45", "tied flag changed, resealed", "qwen2", 2, tied, frozenset({"weights"}), "config.json")
     config = folder_fault(lambda f: f.edit_config(rope_theta=500.0), reseal=True)
     yield Fault("W38", "config field changed, resealed", "qwen2", 2, config, frozenset({"weights"}), "config.json")
     other = folder_fault(lambda f: f.edit_config(num_attention_heads=12, head_dim=5), reseal=True)
     yield Fault(
         "M20", "config of another model, resealed", "qwen2", 2, other, frozenset({"weights", "layout"}), "k_proj"
     )
+
+
+CLEAN = [("qwen2", 1), ("qwen2", 2), ("qwen2", 6), ("qwen3", 2), ("phi3", 2), ("gpt2", 2), ("gpt2", 3), ("bert", 2), ("bert", 6)]  # fmt: skip
 
 
 def all_faults() -> list[Fault]:
@@ -260,11 +266,16 @@ def was_caught(fault: Fault, report: Report) -> bool:
     return fault.caught_by <= set(failing) and any(fault.named in text for text in said)
 
 
+def split_rightly(source: Path, target: Path, tp: int) -> None:
+    run(plan_split(source, target, tp))
+
+
 def main() -> None:
-    caught = 0
+    caught = alarms = 0
     faults = all_faults()
     with tempfile.TemporaryDirectory(prefix="tpshard-faults-") as scratch:
-        for fault in faults:
+
+        def report_on(fault: Fault) -> Report:
             source = Path(scratch) / fault.model
             if not source.exists():
                 save_model(fault.model, source, KEY_VALUE_HEADS)
@@ -272,13 +283,21 @@ def main() -> None:
             place.mkdir()
             report = try_fault(fault, source, place)
             shutil.rmtree(place)
+            return report
+
+        for fault in faults:
+            report = report_on(fault)
             failing = [check.name for check in report.checks if check.verdict is Verdict.FAIL]
             caught += was_caught(fault, report)
             mark = "caught" if was_caught(fault, report) else "MISSED"
             print(
                 f"{mark}  {fault.id}  {fault.model:<6} tp={fault.tp}  {fault.what:<44} by {', '.join(failing) or '-'}"
             )
+        for model, tp in CLEAN:
+            report = report_on(Fault("", "clean", model, tp, split_rightly, frozenset(), ""))
+            alarms += report.verdict is not Verdict.PASS
     print(f"{caught} of {len(faults)} caught, with the right tensor named")
+    print(f"{alarms} false alarms on {len(CLEAN)} that are right")
 
 
 if __name__ == "__main__":

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "docs" / "tutorial.md"]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "tutorial.md", ROOT / "docs" / "verify.md"]
 BLOCK = re.compile(r"(?<=^```console\n).*?(?=^```$)", re.MULTILINE | re.DOTALL)
 # What differs from run to run: times, rates, rounding errors, scratch folders.
 VARYING = [
     (re.compile(r"\d+\.\d+ s\b"), "# s"),
     (re.compile(r"\(\d+\.\d [kMG]B/s\)"), "(# MB/s)"),
-    (re.compile(r"\d(\.\d+)?e-\d+"), "#e-#"),
+    (re.compile(r"\d(\.\d+)?e[+-]\d+"), "#e#"),
     (re.compile(r"/tmp/[A-Za-z0-9_/.-]*"), "/tmp/#"),
 ]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import KEY_VALUE_HEADS, Fault, all_faults, try_fault, was_caught
+from tests.faults import CLEAN, KEY_VALUE_HEADS, Fault, all_faults, try_fault, was_caught
 from tests.tiny_models import save_model
 from tpshard.convert import plan_split, run
 from tpshard.verify.report import Verdict
@@ -39,20 +39,7 @@ def test_fault_is_caught_and_named(fault: Fault, model: Model, tmp_path: Path) -
     ]
 
 
-@pytest.mark.parametrize(
-    ("model_type", "tp"),
-    [
-        ("qwen2", 1),
-        ("qwen2", 2),
-        ("qwen2", 6),
-        ("qwen3", 2),
-        ("phi3", 2),
-        ("gpt2", 2),
-        ("gpt2", 3),
-        ("bert", 2),
-        ("bert", 6),
-    ],
-)
+@pytest.mark.parametrize(("model_type", "tp"), CLEAN)
 def test_what_is_right_passes(model_type: str, tp: int, model: Model, tmp_path: Path) -> None:
     run(plan_split(model(model_type), tmp_path / "shards", tp))
     report = verify(Request(tmp_path / "shards", against=model(model_type), workers=1))
