@@ -44,7 +44,7 @@ def test_what_is_right_passes(model_type: str, tp: int, model: Model, tmp_path: 
     run(plan_split(model(model_type), tmp_path / "shards", tp))
     report = verify(Request(tmp_path / "shards", against=model(model_type), workers=1))
     assert [(check.name, check.verdict) for check in report.checks] == [
-        (name, Verdict.PASS) for name in ("files", "weights", "layout", "forward")
+        (name, Verdict.PASS) for name in ("files", "weights", "layout", "forward", "backward", "generic", "self-test")
     ], report
     (forward,) = [check for check in report.checks if check.name == "forward"]
     assert forward.figures["worst_relative_error"] <= 1e-12

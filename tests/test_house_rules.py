@@ -20,9 +20,12 @@ FLOORS: list[tuple[str, ...]] = [
     ("policy", "policy_parsing", "library", "policy_schema", "assignment", "checkpoint"),
     ("policy_check", "quantised", "plan", "slabs"),
     ("staging", "sources", "outputs", "execute", "convert", "summary", "demo"),
-    ("verify.report", "verify.families", "verify.layout", "verify.files", "verify.weights", "verify.source"),
-    ("verify.models", "verify.tensors", "verify.placement", "verify.lockstep", "verify.seams"),
-    ("verify.forward", "verify.layers", "verify.run", "verify.__init__"),
+    ("verify.report", "verify.families", "verify.layout", "verify.files", "verify.weights"),
+    ("verify.values", "verify.blocks", "verify.block_tensor", "verify.block_operations", "verify.generic"),
+    ("verify.inputs", "verify.models", "verify.placement", "verify.gradients"),
+    ("verify.lockstep", "verify.recurrent", "verify.seams", "verify.sections", "verify.execution"),
+    ("verify.preparation", "verify.forward", "verify.canaries", "verify.sensitivity", "verify.layers"),
+    ("verify.model_checks", "verify.run", "verify.__init__"),
     ("api",),
     ("cli.__init__", "cli.options", "cli.render", "cli.carry_out"),
     ("cli.split", "cli.merge", "cli.reshard", "cli.verify", "cli.inspect", "cli.policy", "cli.demo"),
@@ -30,7 +33,7 @@ FLOORS: list[tuple[str, ...]] = [
 ]
 ORDER = {module: place for place, module in enumerate(module for floor in FLOORS for module in floor)}
 WITH_TORCH = {name for name in ORDER if name.startswith("verify.")} - {
-    "verify.report", "verify.families", "verify.layout", "verify.files", "verify.weights", "verify.source",
+    "verify.report", "verify.families", "verify.layout", "verify.files", "verify.weights",
     "verify.run", "verify.__init__",
 }  # fmt: skip
 

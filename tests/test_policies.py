@@ -21,6 +21,7 @@ from tpshard.library import builtin_policies, choose_policy
 from tpshard.verify.report import Verdict
 from tpshard.verify.run import Request, verify
 
+MODEL_CHECKS = ("forward", "backward", "generic", "self-test")
 MODEL_TYPES = sorted(str(kind) for policy in builtin_policies().values() for kind in policy.applies_to["model_type"])
 GROUPED = [kind for kind in MODEL_TYPES if "num_key_value_heads" in tiny_models.SIZES.get(kind, {})]
 
@@ -40,7 +41,7 @@ def test_split_verify_merge(model_type: str, tmp_path: Path) -> None:
     report = verify(Request(shards, against=source, workers=1))
     verdicts = {check.name: check.verdict for check in report.checks}
     assert verdicts.pop("layout") in (Verdict.PASS, Verdict.INCONCLUSIVE), report
-    assert verdicts == dict.fromkeys(("files", "weights", "forward"), Verdict.PASS), report
+    assert verdicts == dict.fromkeys(("files", "weights", *MODEL_CHECKS), Verdict.PASS), report
     run(plan_merge(shards, merged))
     assert load(merged / "model.safetensors") == load(source / "model.safetensors")
 
@@ -52,8 +53,8 @@ def test_the_model_runs_on_more_ranks(model_type: str, tp: int, tmp_path: Path) 
     save_model(model_type, tmp_path / "source", kv_heads=3)
     run(plan_split(tmp_path / "source", tmp_path / "shards", tp))
     report = verify(Request(tmp_path / "shards", against=tmp_path / "source", workers=1))
-    (forward,) = [check for check in report.checks if check.name == "forward"]
-    assert forward.verdict is Verdict.PASS, report
+    verdicts = {check.name: check.verdict for check in report.checks if check.name in MODEL_CHECKS}
+    assert verdicts == dict.fromkeys(MODEL_CHECKS, Verdict.PASS), report
 
 
 @pytest.mark.parametrize("model_type", GROUPED)

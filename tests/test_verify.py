@@ -17,9 +17,9 @@ from tests.tiny_models import save_model
 from tpshard.convert import plan_merge, plan_split, run
 from tpshard.errors import InputError, TpshardError, UsageError
 from tpshard.layout import Layout, Span
+from tpshard.verify.inputs import token_ids
 from tpshard.verify.layout import balanced
 from tpshard.verify.lockstep import AllDouble, Lockstep, OutOfStepError, RunError
-from tpshard.verify.models import token_ids
 from tpshard.verify.report import CheckResult, Finding, Report, Verdict
 from tpshard.verify.run import LEVELS, Request, verify
 from tpshard.verify.seams import difference
@@ -94,7 +94,8 @@ def test_the_worst_check_decides() -> None:
 @pytest.mark.parametrize("level", LEVELS)
 def test_each_level_runs_the_checks_up_to_it(level: Any, llama: Path) -> None:
     report = verify(Request(split(llama, 2), against=llama, level=level, workers=1))
-    assert [check.name for check in report.checks] == list(LEVELS[: LEVELS.index(level) + 1])
+    model = ["generic", "self-test"] if level in ("forward", "backward") else []
+    assert [check.name for check in report.checks] == [*LEVELS[: LEVELS.index(level) + 1], *model]
     assert report.verdict is Verdict.PASS
 
 
@@ -196,13 +197,6 @@ def test_a_model_that_cannot_be_made_is_inconclusive(
     assert report.checks[4].verdict is Verdict.PASS
 
 
-def test_too_little_memory_is_inconclusive(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tpshard.verify.forward._memory_available", lambda: 10**6)
-    report = verify(Request(split(llama, 2), against=llama, workers=1))
-    assert report.verdict is Verdict.INCONCLUSIVE
-    assert "GB in float64, 0.0 GB are free" in str(report.checks[3].reason)
-
-
 def test_without_torch_the_forward_is_inconclusive(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     report = verify(Request(split(llama, 2), against=llama, workers=1))
@@ -218,6 +212,9 @@ def test_any_model_by_a_function(tp: int, net: Path) -> None:
         "weights": Verdict.PASS,
         "layout": Verdict.INCONCLUSIVE,  # nothing is known of this architecture but its policy
         "forward": Verdict.PASS,
+        "backward": Verdict.PASS,
+        "generic": Verdict.PASS,
+        "self-test": Verdict.PASS,
     }
     assert report.verdict is Verdict.PASS
     assert report.checks[3].figures["gathers"] == 2

@@ -190,7 +190,7 @@ def _contact(holding: Holding, slab: Box, parts: Sequence[tuple[Box, Box]], end:
         if is_contiguous(inside, slab.shape) and is_contiguous(own, holding.shape):
             offset, begin = linear(own.start, holding.shape), linear(inside.start, slab.shape)
             return Contact(holding.rank, offset, own.volume, begin, (own.volume,), lead=offset - end)
-    cover = _rows_around([own for own, _ in parts], holding.shape)
+    cover = rows_around([own for own, _ in parts], holding.shape)
     back = tuple(-n for n in cover.start)
     offset = linear(cover.start, holding.shape)
     return Contact(
@@ -205,7 +205,7 @@ def _contact(holding: Holding, slab: Box, parts: Sequence[tuple[Box, Box]], end:
     )
 
 
-def _rows_around(boxes: Iterable[Box], shape: Shape) -> Box:
+def rows_around(boxes: Iterable[Box], shape: Shape) -> Box:
     """The smallest contiguous region of an array of ``shape`` that holds all boxes."""
     starts, stops = zip(*((box.start, box.stop) for box in boxes), strict=True)
     start, stop = [min(axis) for axis in zip(*starts, strict=True)], [max(axis) for axis in zip(*stops, strict=True)]

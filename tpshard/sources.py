@@ -26,6 +26,9 @@ class SourceFiles:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         for fd in self._open.values():
             os.close(fd)
         self._open.clear()

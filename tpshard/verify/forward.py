@@ -1,4 +1,4 @@
-"""Check 4, forward: the model itself, unsharded and sharded, in float64, compared seam by seam.
+"""Checks 4 and 5, forward and backward: the model itself, unsharded and sharded, in float64, compared seam by seam.
 
 R copies of the unmodified model and the reference run in lock step. Rank r's copy has rank r's own bytes at their
 global places among zeros, so that no head count, view or mask of the model's code has to change; partial sums meet
@@ -8,198 +8,146 @@ not, so zeros elsewhere do no harm; where a cut is not valid, the numbers differ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-import torch
-from torch import nn
-
-from tpshard.errors import InconclusiveError, printable
-from tpshard.header import byte_count
-from tpshard.verify.lockstep import AllDouble, Lockstep, OutOfStepError, RunError
-from tpshard.verify.models import FactoryMaker, Maker, TransformersMaker, one_line
-from tpshard.verify.placement import Layer, find_layers
+from tpshard.errors import printable
+from tpshard.verify.execution import Outcome, Subject
+from tpshard.verify.models import one_line
+from tpshard.verify.preparation import never_called
 from tpshard.verify.report import CheckResult, Finding
-from tpshard.verify.seams import TOLERANCE, Hooks, Record, Seam
-from tpshard.verify.tensors import Weights, rank_states, reference_state
+from tpshard.verify.seams import TOLERANCE, Record, Seam
+from tpshard.verify.sections import Gradient
+from tpshard.verify.values import Weights
 
 MOST_NAMED = 10
 
 
-def check_forward(weights: Weights, *, factory: str | None = None, seed: int = 0) -> CheckResult:
-    """Run the model sharded and unsharded on the same inputs.
-
-    Raises InconclusiveError where it cannot be run, UsageError where ``factory`` is no good.
-    """
-    _check_memory(weights)
-    was = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        maker: Maker = (
-            FactoryMaker(factory, weights.config) if factory else TransformersMaker(weights.folder, weights.config)
-        )
-        return _Run(weights, maker, seed).result()
-    finally:
-        torch.set_default_dtype(was)
-
-
-def _check_memory(weights: Weights) -> None:
-    """Everything is held in float64: the reference, and every rank's cut tensors at full size."""
-    needed = 0
-    for name in weights.names:
-        layout = weights.layout(name)
-        copies = 3 if layout.is_replicated else 2 + weights.ranks
-        needed += copies * byte_count("F64", layout.shape)
-    free = _memory_available()
-    if free is not None and needed > 0.9 * free:
-        what = (
-            f"the model on {weights.ranks} ranks takes {needed / 1e9:.1f} GB in float64, {free / 1e9:.1f} GB are free"
-        )
-        raise InconclusiveError(what, hint="run it where there is more memory, or ask for --level layout")
+def forward_result(subject: Subject, weights: Weights, outcome: Outcome, isolate: bool) -> CheckResult:
+    """What the comparison at every seam amounts to."""
+    record = outcome.record
+    idle = never_called(subject, record.visited)
+    cut = {layer.name for layer in subject.layers if layer.cut is not None}
+    unreached = [name for name in idle if name in cut]
+    reason = f"the input did not reach {len(unreached)} cut layers: {', '.join(unreached[:5])}" if unreached else None
+    return CheckResult(
+        "forward",
+        findings=tuple(_findings(outcome, isolate)),
+        covered={
+            "tensors": len(weights.names) - len(subject.model.unused),
+            "ranks": weights.ranks,
+            "layers": len(record.visited),
+            "seams": len(record.seams),
+            "positions": record.positions,
+        },
+        notes=tuple(_notes(subject, record, [name for name in idle if name not in cut])),
+        unproven=reason,
+        figures={
+            "worst_relative_error": record.worst,
+            "tolerance": TOLERANCE,
+            "gathers": record.gathers,
+            "first_diverging": next((seam.layer for seam in record.seams if seam.wrong), None),
+        },
+    )
 
 
-def _memory_available() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+def backward_result(subject: Subject, weights: Weights, outcome: Outcome) -> CheckResult:
+    """What the comparison of all gradients amounts to."""
+    recipes = subject.model.recipes
+    gradients = outcome.gradients
+    met = {gradient.parameter for gradient in gradients if gradient.parameter}
+    idle = sorted({recipes[name].names[0] for name in recipes if name not in met} - _of(recipes, met))
+    worst = max((gradient.error for gradient in gradients), default=0.0)
+    notes = [f"largest relative error {worst:.1e}, tolerance {TOLERANCE:.0e}, float64, random cotangents"]
+    if idle:
+        notes.append(f"no gradient reaches {', '.join(map(printable, idle[:3]))}{', ...' if len(idle) > 3 else ''}")
+    findings = [_gradient_finding(gradient, subject) for gradient in gradients if gradient.wrong]
+    if outcome.failure is not None and not findings:
+        findings = [_broken(outcome)]
+    return CheckResult(
+        "backward",
+        findings=tuple(findings),
+        covered={
+            "parameters": len(met),
+            "ranks": weights.ranks,
+            "gradients": len(gradients),
+            "sections": len({gradient.section for gradient in gradients}),
+        },
+        notes=tuple(notes),
+        figures={"worst_relative_error": worst, "tolerance": TOLERANCE},
+    )
 
 
-@dataclass(slots=True)
-class _Outcome:
-    record: Record
-    failure: RunError | None = None
+def generic_result(subject: Subject, weights: Weights, outcome: Outcome) -> CheckResult:
+    """The same comparisons with numbers that hide nothing; what was found is told as for the real ones."""
+    record, gradients = outcome.record, outcome.gradients
+    worst = max((gradient.error for gradient in gradients), default=0.0)
+    findings = [*_findings(outcome, False), *(_gradient_finding(g, subject) for g in gradients if g.wrong)]
+    return CheckResult(
+        "generic",
+        findings=tuple(findings),
+        covered={
+            "ranks": weights.ranks,
+            "layers": len(record.visited),
+            "seams": len(record.seams),
+            "positions": record.positions,
+            **({"gradients": len(gradients)} if gradients else {}),
+        },
+        notes=(
+            "weights random by name and place: no zero bias, no norm of ones, no equal heads",
+            *([f"{len(subject.skipped)} blocks of a make that was run are skipped"] if subject.skipped else []),
+        ),
+        figures={"worst_relative_error": max(worst, record.worst), "tolerance": TOLERANCE},
+    )
 
 
-class _Run:
-    def __init__(self, weights: Weights, maker: Maker, seed: int) -> None:
-        self.weights, self.maker, self.seed = weights, maker, seed
-        self.reference = maker.make(reference_state(weights))
-        self.layers, self.unused = find_layers(weights, maker, self.reference)
+def _of(recipes: object, names: set[str]) -> set[str]:
+    return {recipe.names[0] for name, recipe in recipes.items() if name in names}  # type: ignore[attr-defined]
 
-    def result(self) -> CheckResult:
-        layers = self._settled()
-        models = [self.reference, *(self.maker.make(state) for state in rank_states(self.weights))]
-        outcome = self._run(models, layers)
-        record = outcome.record
-        idle = [layer.name for layer in layers if layer.cut is not None and layer.path not in record.visited]
-        return CheckResult(
-            "forward",
-            findings=tuple(self._findings(outcome)),
-            covered={
-                "tensors": len(self.weights.names) - len(self.unused),
-                "ranks": self.weights.ranks,
-                "layers": len(record.visited),
-                "seams": len(record.seams),
-                "positions": record.positions,
-            },
-            notes=tuple(self._notes(record)),
-            unproven=f"the input did not reach {len(idle)} cut layers: {', '.join(idle[:5])}" if idle else None,
-            figures={
-                "worst_relative_error": max((seam.error for seam in record.seams), default=0.0),
-                "tolerance": TOLERANCE,
-                "gathers": record.gathers,
-                "first_diverging": next((seam.layer for seam in record.seams if seam.wrong), None),
-            },
-        )
 
-    def _settled(self) -> list[Layer]:
-        """A layer whose own forward is never called (its parent reads its weight) leaves its task to the nearest
-        ancestor that is called."""
-        called: set[str] = set()
-        handles = [
-            module.register_forward_hook(lambda *_, path=path: called.add(path))
-            for path, module in self.reference.named_modules()
-        ]
-        try:
-            with torch.no_grad(), AllDouble():
-                self.maker.call(self.reference, self.weights.ranks, self.seed)
-        except InconclusiveError:
-            raise
-        except Exception as error:
-            raise InconclusiveError(f"the unsharded model itself does not run: {one_line(error)}") from None
-        finally:
-            for handle in handles:
-                handle.remove()
-        taken = {layer.path for layer in self.layers if layer.path in called}
-        settled = [layer for layer in self.layers if layer.path in taken]
-        for layer in self.layers:
-            parent = layer.path.rpartition(".")[0]
-            if layer.path in called or layer.cut is None:
-                continue
-            if layer.task in ("row", "gather") and parent and parent in called and parent not in taken:
-                settled.append(Layer(parent, layer.name, layer.task, layer.cut))
-            elif not self._twin_is_called(layer, taken):
-                settled.append(layer)  # never visited: it will be told as not reached
-        return settled
+def _gradient_finding(gradient: Gradient, subject: Subject) -> Finding:
+    size = f"relative error {gradient.error:.1e}, tolerance {TOLERANCE:.0e}"
+    if not gradient.parameter:
+        what = f"the gradient of its input, added up over the ranks, is not the unsharded model's: {size}"
+        return Finding(what, layer=gradient.section)
+    what = f"the ranks' gradients do not add up to the unsharded model's: {size}"
+    recipe = subject.model.recipes.get(gradient.parameter)
+    return Finding(what, tensor=recipe.names[0] if recipe else gradient.parameter)
 
-    def _twin_is_called(self, layer: Layer, called: set[str]) -> bool:
-        """Whether a layer that shares its weight is called."""
-        modules = dict(self.reference.named_modules())
-        own = {id(parameter) for parameter in modules[layer.path].parameters(recurse=False)}
-        others = (modules[path].parameters(recurse=False) for path in called)
-        return any(id(parameter) in own for parameters in others for parameter in parameters)
 
-    def _run(self, models: Sequence[nn.Module], layers: Sequence[Layer]) -> _Outcome:
-        lock, record = Lockstep(len(models)), Record()
-        hooks = Hooks(lock, record, self.weights.ranks)
-        for number, model in enumerate(models):
-            hooks.attach(number, model, layers)
-        try:
-            outputs = lock.run([self._caller(model) for model in models])
-        except RunError as failure:
-            if failure.run == 0 and not isinstance(failure.cause, OutOfStepError):
-                raise InconclusiveError(f"the unsharded model does not run: {one_line(failure.cause)}") from None
-            return _Outcome(record, failure)
-        finally:
-            hooks.remove()
-        self._compare_outputs(record, outputs)
-        return _Outcome(record)
+def _broken(outcome: Outcome) -> Finding:
+    assert outcome.failure is not None
+    at = outcome.failure.key or "its beginning"
+    what = f"the rank's model broke down after {at}: {one_line(outcome.failure.cause)}"
+    return Finding(what, layer=at, rank=max(0, outcome.failure.run - 1))
 
-    def _caller(self, model: nn.Module) -> Callable[[], Any]:
-        def call() -> Any:
-            with torch.no_grad(), AllDouble():  # both belong to the thread
-                return self.maker.call(model, self.weights.ranks, self.seed)
 
-        return call
-
-    def _compare_outputs(self, record: Record, outputs: Sequence[Any]) -> None:
-        reference = list(_tensors(outputs[0]))
-        for rank, output in enumerate(outputs[1:]):
-            for number, (got, want) in enumerate(zip(_tensors(output), reference, strict=True)):
-                record.compare("the model's output", f"output {number}", rank, got, want)
-        if not reference:
-            raise InconclusiveError("the model returns no floating-point tensor to compare")
-
-    def _findings(self, outcome: _Outcome) -> Iterator[Finding]:
-        """The first seam that differs, in the order of execution; and a rank whose model broke down."""
-        wrong = [seam for seam in outcome.record.seams if seam.wrong]
-        for seam in wrong[:1]:
+def _findings(outcome: Outcome, isolate: bool) -> Iterator[Finding]:
+    """The first seam that differs, in the order of execution (with ``isolate`` one of each layer); and a rank whose
+    model broke down."""
+    seen: set[str] = set()
+    for seam in outcome.record.seams:
+        if seam.wrong and seam.layer not in seen and (isolate or not seen):
+            seen.add(seam.layer)
             yield Finding(_sentence(seam), layer=seam.layer, rank=seam.rank)
-        if outcome.failure is not None:
-            at = outcome.failure.key or "its beginning"
-            what = f"the rank's model broke down after {at}: {one_line(outcome.failure.cause)}"
-            yield Finding(what, layer=at, rank=max(0, outcome.failure.run - 1))
+    if outcome.failure is not None:
+        yield _broken(outcome)
 
-    def _notes(self, record: Record) -> Iterator[str]:
-        worst = max((seam.error for seam in record.seams), default=0.0)
-        yield f"largest relative error {worst:.1e}, tolerance {TOLERANCE:.0e}, float64"
-        if record.gathers:
-            yield f"{record.gathers} gathers hide the layouts of their own layers from this check"
-        if self.unused:
-            shown = ", ".join(map(printable, self.unused[:3])) + (", ..." if len(self.unused) > 3 else "")
-            yield f"not used by the model: {shown}"
-        first = next((seam.layer for seam in record.seams if seam.wrong), None)
-        later = list(dict.fromkeys(seam.layer for seam in record.seams if seam.wrong and seam.layer != first))
-        if later:
-            yield f"later: {', '.join(later[:MOST_NAMED])}{', ...' if len(later) > MOST_NAMED else ''}"
+
+def _notes(subject: Subject, record: Record, idle: Sequence[str]) -> Iterator[str]:
+    yield f"largest relative error {record.worst:.1e}, tolerance {TOLERANCE:.0e}, float64"
+    if record.gathers:
+        yield f"{record.gathers} gathers hide the layouts of their own layers from this check"
+    for what, names in (("not used by the model", subject.model.unused), ("not reached, whole on every rank", idle)):
+        if names:
+            yield f"{what}: {', '.join(map(printable, names[:3]))}{', ...' if len(names) > 3 else ''}"
+    first = next((seam.layer for seam in record.seams if seam.wrong), None)
+    later = list(dict.fromkeys(seam.layer for seam in record.seams if seam.wrong and seam.layer != first))
+    if later:
+        yield f"later: {', '.join(later[:MOST_NAMED])}{', ...' if len(later) > MOST_NAMED else ''}"
 
 
 def _sentence(seam: Seam) -> str:
-    times = f"relative error {seam.error:.1e}, tolerance {TOLERANCE:.0e}"
+    times = f"relative error {seam.error:.1e}, {seam.error / TOLERANCE:.0e} times the tolerance"
     if seam.what == "input":
         cut = f" (cut by {', '.join(seam.producers)})" if seam.producers else ""
         return f"its input is not whole{cut}, but the layer wants all of it: {times}"
@@ -207,16 +155,3 @@ def _sentence(seam: Seam) -> str:
         cut = f": cut by {', '.join(seam.producers)} and not gathered" if seam.producers else ""
         return f"{seam.what} is not the unsharded model's{cut}: {times}"
     return f"its {seam.what} is not the unsharded model's: {times}"
-
-
-def _tensors(output: Any) -> Iterator[torch.Tensor]:
-    """The floating-point tensors of whatever a model returns, in order."""
-    if isinstance(output, torch.Tensor):
-        if output.is_floating_point():
-            yield output
-    elif isinstance(output, dict):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, list | tuple):
-        for value in output:
-            yield from _tensors(value)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 
 from tpshard.errors import InconclusiveError
-from tpshard.layout import Layout
+from tpshard.layout import Box, Layout
 from tpshard.verify.report import CheckResult, Finding
 from tpshard.verify.seams import TOLERANCE, difference
-from tpshard.verify.tensors import Weights, to_tensor
+from tpshard.verify.values import WHOLE, Weights
 
 COLUMNS = 5  # of x and g
 
@@ -26,11 +26,8 @@ def check_layers(weights: Weights) -> CheckResult:
         if len(layout.shape) < 2 or len(layout.cut_axes) != 1:
             continue
         try:
-            whole = to_tensor(weights.whole(name), weights.dtype(name), layout.shape)
-            owns = [
-                to_tensor(weights.shard(name, r), weights.dtype(name), s.shape) if s else None
-                for r, s in enumerate(layout.shards)
-            ]
+            whole = weights.read(name, WHOLE, Box((0,) * len(layout.shape), layout.shape)).double()
+            owns = [_own(weights, name, rank) for rank in range(layout.ranks)]
         except InconclusiveError:
             continue
         if whole.is_floating_point() and bool(torch.isfinite(whole).all()):
@@ -38,6 +35,13 @@ def check_layers(weights: Weights) -> CheckResult:
             findings += _check(name, layout, whole, owns)
     note = "each layer was checked alone; how the layers fit together was not"
     return CheckResult("layers", tuple(findings), {"layers": layers, "ranks": weights.ranks}, notes=(note,))
+
+
+def _own(weights: Weights, name: str, rank: int) -> torch.Tensor | None:
+    shard = weights.layout(name).shards[rank]
+    if shard is None:
+        return None
+    return weights.read(name, rank, Box((0,) * len(shard.shape), shard.shape)).double()
 
 
 def _check(name: str, layout: Layout, whole: torch.Tensor, owns: list[torch.Tensor | None]) -> list[Finding]:

@@ -57,8 +57,18 @@ class Lockstep:
         self._ended = [False] * count
         self._failure: RunError | None = None
 
+    @property
+    def runs(self) -> Sequence[int]:
+        """The runs that are in this process."""
+        return range(self.count)
+
     def exchange(self, me: int, key: str, value: Any) -> list[Any]:
         """Hand in a value at the point ``key``; returns all runs' values once every run has come there."""
+        return self.here(me, key, value)
+
+    def here(self, me: int, key: str, value: Any) -> list[Any]:
+        """The same among the runs of this process. Who has the lowest number goes on first, alone until it comes to
+        the next exchange."""
         self._values[me], self._keys[me] = value, key
         # Two turns: in the first everybody hands in, in the second everybody takes all. Without the second, a quick
         # run could hand in its next value before a slow one has read this one.
@@ -68,6 +78,25 @@ class Lockstep:
         values = list(self._values)
         self._pass_on(me)
         return values
+
+    def reference(self, me: int, key: str, value: Any) -> Any:
+        """Hand in a value at the point ``key``; returns that of run 0, which is detached from its graph."""
+        return self.here(me, key, value)[0]
+
+    def agree_here(self, me: int, key: str, known: dict[Any, Any]) -> dict[Any, Any]:
+        """What any run knows."""
+        together: dict[Any, Any] = {}
+        for one in self.exchange(me, key, known):
+            together |= one
+        return together
+
+    def total(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over all processes; here there is one."""
+        return tensor
+
+    def agree(self, known: dict[Any, Any]) -> dict[Any, Any]:
+        """What any process knows; here there is one."""
+        return known
 
     def run(self, functions: Sequence[Callable[[], Any]]) -> list[Any]:
         """The functions' results. Raises RunError where one raised; the others are then ended."""

@@ -1,16 +1,19 @@
 """Where the model comes from: transformers' own classes, or a function that the user names.
 
-Either way a maker turns a state dict in the names on disk into a module, so that renaming and conversion between disk
-and module are the library's business, for the reference and for every rank alike.
+Either way the model is made once without its weights, and for every recipe is known: from which tensors on disk each of
+its parameters comes, and how. Renaming, stacking and transposing between disk and module is the library's business;
+its own steps are carried out on ``BlockTensor``, for the reference and for every rank alike.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
-import math
+import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,33 +21,77 @@ import torch
 from torch import nn
 
 from tpshard.errors import InconclusiveError, UsageError, printable
+from tpshard.verify import block_operations  # noqa: F401 - BlockTensor learns to multiply
+from tpshard.verify.block_tensor import BlockTensor
 
-State = dict[str, torch.Tensor]
-POSITIONS = 24  # wrong rotary embeddings have looked fine for 20
+Source = Callable[[str], torch.Tensor]  # a tensor by its name on disk
 
 
-class Maker(Protocol):
-    """Makes modules from tensors in the names on disk, and the inputs to run them on."""
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a parameter is made: of these tensors on disk, by this function of them."""
 
-    def make(self, state: State) -> nn.Module: ...
+    names: tuple[str, ...]
+    make: Callable[[Source], torch.Tensor]
 
-    def parameter_of(self, name: str, model: nn.Module) -> str | None:
-        """The module's own name of a tensor on disk; None where the model has no such tensor."""
 
-    def call(self, model: nn.Module, ranks: int, seed: int) -> Any: ...
+class Model(Protocol):
+    """A model without weights, and how it gets them and its inputs.
+
+    ``skeleton``: the module, its parameters on the meta device; ``recipes``: by the module's names of parameters and
+    persistent buffers; ``unused``: tensors on disk that it lacks; ``inputs``: what it is called with.
+    """
+
+    name: str
+    skeleton: nn.Module
+
+    @property
+    def recipes(self) -> Mapping[str, Recipe]: ...
+    @property
+    def unused(self) -> tuple[str, ...]: ...
+    def inputs(self, ranks: int, seed: int) -> dict[str, Any]: ...
 
 
 def one_line(error: BaseException) -> str:
     return printable(" ".join(f"{type(error).__name__}: {error}".split()))
 
 
-# ---------------------------------------------------------------------------------------- transformers
+@contextlib.contextmanager
+def without_parameters(keep: frozenset[tuple[str, tuple[int, ...]]] = frozenset()) -> Iterator[None]:
+    """Modules made in here get their parameters on the meta device, but for those with the names and shapes to keep;
+    buffers are real."""
+    register = nn.Module.register_parameter
+
+    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(self, name, param)
+        if param is not None and param.device.type != "meta" and (name, tuple(param.shape)) not in keep:
+            self._parameters[name] = nn.Parameter(param.detach().to("meta"), requires_grad=False)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-class TransformersMaker:
-    """A class of transformers, by config.json's ``architectures``. Remote code is never run."""
+def slots(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter and persistent buffer, twins included."""
+    kept = set(module.state_dict(keep_vars=True))
+    named = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    return {name: tensor for name, tensor in named.items() if name in kept}
 
-    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+
+# ---------------------------------------------------------------------------------------------- transformers
+
+
+class TransformersModel:
+    """A class of transformers, by config.json's ``architectures``. Remote code is never run.
+
+    Raises InconclusiveError where transformers has no such class, cannot read the config, or the checkpoint does not
+    fit the class.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], names: Sequence[str], dtype: torch.dtype) -> None:
         try:
             import transformers
             from transformers.utils import logging
@@ -55,66 +102,50 @@ class TransformersMaker:
         quiet.set_verbosity_error()
         quiet.disable_progress_bar()
         self._class = _class_of(transformers, config)
+        self.name = self._class.__name__
         try:
-            self._config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+            self.config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
         except Exception as error:
             raise InconclusiveError(f"transformers cannot read {folder}/config.json: {one_line(error)}") from None
+        self._dtype = dtype
+        self.skeleton = self._make(frozenset())
+        self.recipes, self.unused = _recipes(self.skeleton, names)
+        computed = self._without_recipe()
+        if computed:  # made by the class itself, such as sinusoidal positions
+            shapes = {name: tuple(tensor.shape) for name, tensor in slots(self.skeleton).items()}
+            self.skeleton = self._make(frozenset((name.rpartition(".")[2], shapes[name]) for name in computed))
 
-    def make(self, state: State) -> nn.Module:
+    def _make(self, keep: frozenset[tuple[str, tuple[int, ...]]]) -> nn.Module:
         try:
-            model, info = self._class.from_pretrained(
-                None,
-                config=copy.deepcopy(self._config),
-                state_dict=dict(state),
-                dtype=torch.float64,
-                attn_implementation="eager",
-                experts_implementation="eager",
-                output_loading_info=True,
-            )
+            with without_parameters(keep):
+                module: nn.Module = self._class._from_config(
+                    copy.deepcopy(self.config),
+                    dtype=self._dtype,
+                    attn_implementation="eager",
+                    experts_implementation="eager",
+                )
         except Exception as error:
-            raise InconclusiveError(f"{self._class.__name__} cannot be made: {one_line(error)}") from None
-        lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-        if lacking:
-            what = f"the checkpoint gives {self._class.__name__} no or another {printable(lacking[0])}"
-            raise InconclusiveError(f"{what} ({len(lacking)} such tensors)", hint="is config.json of this model?")
-        module: nn.Module = model.eval()
-        return module
+            raise InconclusiveError(f"{self.name} cannot be made: {one_line(error)}") from None
+        return module.eval()
 
-    def parameter_of(self, name: str, model: nn.Module) -> str | None:
-        known = model.state_dict()
-        prefix = str(getattr(model, "base_model_prefix", ""))
-        for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
-            if candidate in known:
-                return candidate
-        return self._renamed(name, model, known)
+    def _without_recipe(self) -> list[str]:
+        """Parameters that the class makes by itself. Raises InconclusiveError where the checkpoint lacks others."""
+        tensors = slots(self.skeleton)
+        made = {id(tensors[name]) for name in self.recipes}
+        lacking = [name for name, tensor in tensors.items() if id(tensor) not in made]
+        own: Any = self.skeleton
+        ignored = own._keys_to_ignore_on_load_missing or ()
+        missing = [name for name in lacking if not any(re.search(pattern, name) for pattern in ignored)]
+        missing = [name for name in missing if name not in dict(self.skeleton.named_buffers())]
+        if missing:
+            what = f"the checkpoint gives {self.name} no {printable(missing[0])}"
+            raise InconclusiveError(f"{what} ({len(missing)} such tensors)", hint="is config.json of this model?")
+        return lacking
 
-    def _renamed(self, name: str, model: nn.Module, known: Mapping[str, torch.Tensor]) -> str | None:
-        """Through transformers' own conversion table, which is not a public interface: without it, no answer."""
-        try:
-            from transformers.conversion_mapping import get_model_conversion_mapping
-            from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-        except ImportError:
-            return None
-        convertible: Any = model
-        steps = get_model_conversion_mapping(convertible)
-        renamings = [step for step in steps if isinstance(step, WeightRenaming)]
-        converters = [step for step in steps if isinstance(step, WeightConverter)]
-        found = rename_source_key(name, renamings, converters, convertible.base_model_prefix, dict(known))[0]
-        return found if found in known else None
+    def inputs(self, ranks: int, seed: int) -> dict[str, Any]:
+        from tpshard.verify.inputs import make_inputs
 
-    def call(self, model: nn.Module, ranks: int, seed: int) -> Any:
-        kind = getattr(model, "main_input_name", "input_ids")
-        if kind != "input_ids":
-            hint = "name the model and its inputs with --model"
-            raise InconclusiveError(f"no inputs of kind {kind} can be made yet", hint=hint)
-        text = self._config.get_text_config()
-        tokens = token_ids(text.vocab_size, _longest(text), ranks, seed)
-        inputs: dict[str, Any] = {"input_ids": tokens, "return_dict": True}
-        if getattr(self._config, "is_encoder_decoder", False):
-            inputs["decoder_input_ids"] = token_ids(text.vocab_size, _longest(text), ranks, seed + 1)
-        if hasattr(text, "use_cache"):
-            inputs["use_cache"] = False
-        return model(**inputs)
+        return make_inputs(self.skeleton, self.config, ranks, seed, self._dtype)
 
 
 def _class_of(transformers: Any, config: Mapping[str, Any]) -> Any:
@@ -130,64 +161,119 @@ def _class_of(transformers: Any, config: Mapping[str, Any]) -> Any:
     return found
 
 
-def _longest(config: Any) -> int:
-    """Positions that the model can take; two fewer, since some models count from two."""
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    return max(2, limit - 2) if isinstance(limit, int) and limit > 0 else 2**20
+def _recipes(skeleton: nn.Module, names: Sequence[str]) -> tuple[dict[str, Recipe], tuple[str, ...]]:
+    """By transformers' own conversion table, which is not a public interface; without it, by equal names."""
+    model: Any = skeleton
+    known = model.state_dict()
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import (
+            WeightConverter,
+            WeightRenaming,
+            dot_natural_key,
+            rename_source_key,
+        )
+    except ImportError:
+        return {name: _renamed(name) for name in names if name in known}, tuple(n for n in names if n not in known)
+    steps = get_model_conversion_mapping(model)
+    renamings = [step for step in steps if isinstance(step, WeightRenaming)]
+    converters = [step for step in steps if isinstance(step, WeightConverter)]
+    of_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    recipes: dict[str, Recipe] = {}
+    groups: dict[str, tuple[Any, list[tuple[str, str]]]] = {}
+    unused: list[str] = []
+    for name in sorted(names, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        if target not in known and name in known:
+            target, pattern = name, None
+        if target not in known:
+            unused.append(name)
+        elif pattern is None:
+            recipes[target] = _renamed(name)
+        else:
+            groups.setdefault(target, (of_pattern[pattern], []))[1].append((pattern, name))
+    for target, (converter, members) in groups.items():
+        recipes.update(_converted(skeleton, target, converter, members, known))
+    return recipes, tuple(unused)
 
 
-def token_ids(vocabulary: int, longest: int, ranks: int, seed: int) -> torch.Tensor:
-    """Two sequences of tokens drawn from equal strata of the vocabulary, so that every rank's part is met."""
-    length = min(max(POSITIONS, math.ceil(ranks / 2)), longest)
-    count = 2 * length
-    generator = torch.Generator().manual_seed(seed)
-    strata = (torch.arange(count) + torch.rand(count, generator=generator, dtype=torch.float64)) * vocabulary / count
-    order = torch.randperm(count, generator=generator)
-    return strata.long().clamp(max=vocabulary - 1)[order].reshape(2, length)
+def _renamed(name: str) -> Recipe:
+    return Recipe((name,), lambda source: source(name))
 
 
-# ---------------------------------------------------------------------------------------- --model
+def _converted(
+    skeleton: nn.Module, target: str, template: Any, members: list[tuple[str, str]], known: Mapping[str, Any]
+) -> Iterator[tuple[str, Recipe]]:
+    """The parameters that one of transformers' converters makes of a group of tensors."""
+    owner: Any = skeleton
+
+    def convert(source: Source) -> dict[str, torch.Tensor]:
+        converter = copy.deepcopy(template)
+        for pattern, name in members:
+            converter.add_tensor(target, name, pattern, lambda name=name: source(name))
+        made = converter.convert(target, model=skeleton, config=owner.config)
+        return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
+
+    names = tuple(name for _, name in members)
+    targets = [target, *(target.replace(template.target_patterns[0], p) for p in template.target_patterns[1:])]
+    for key in targets:
+        if key in known:
+            yield key, Recipe(names, lambda source, key=key: convert(source)[key])  # type: ignore[misc]
 
 
-class FactoryMaker:
-    """``package.module:function``; the function takes config.json as a dict and returns the module and its inputs."""
+# ---------------------------------------------------------------------------------------------- --model
 
-    def __init__(self, text: str, config: Mapping[str, Any]) -> None:
-        self._function, self._text, self._config = _import(text), text, config
-        self._inputs: Any = None
 
-    def make(self, state: State) -> nn.Module:
+class FactoryModel:
+    """``package.module:function``; the function takes config.json as a dict and returns the module and its inputs.
+
+    Raises UsageError where it does not import, returns something else, or does not fit the checkpoint.
+    """
+
+    def __init__(self, text: str, config: Mapping[str, Any], shapes: Mapping[str, Any], dtype: torch.dtype) -> None:
+        function = _import(text)
+        self.name, self._dtype = text, dtype
         was = torch.get_default_dtype()
         try:
-            made = self._function(dict(self._config))
+            torch.set_default_dtype(torch.float32)
+            with without_parameters():
+                made = function(dict(config))
         except Exception as error:
-            raise UsageError(f"--model {self._text} failed: {one_line(error)}") from None
+            raise UsageError(f"--model {text} failed: {one_line(error)}") from None
         finally:
             torch.set_default_dtype(was)
         if not isinstance(made, tuple) or len(made) != 2 or not isinstance(made[0], nn.Module):
-            raise UsageError(f"--model {self._text} must return (module, inputs), returned {type(made).__name__}")
-        module, self._inputs = made[0].double().eval(), made[1]
-        try:
-            module.load_state_dict(state, strict=True)
-        except RuntimeError as error:
+            raise UsageError(f"--model {text} must return (module, inputs), returned {type(made).__name__}")
+        self.skeleton, self._inputs = made[0].to(dtype).eval(), made[1]
+        self.recipes = self._fit(shapes)
+        self.unused: tuple[str, ...] = ()
+
+    def _fit(self, shapes: Mapping[str, Any]) -> dict[str, Recipe]:
+        tensors = slots(self.skeleton)
+        by_name = {name: _renamed(name) for name in shapes if name in tensors}
+        made = {id(tensors[name]) for name in by_name}
+        missing = [name for name, tensor in tensors.items() if id(tensor) not in made]
+        extra = [name for name in shapes if name not in tensors]
+        wrong = [name for name in by_name if tuple(tensors[name].shape) != tuple(shapes[name])]
+        problem = (
+            f"it wants {printable(missing[0])}" if missing else
+            f"it has no {printable(extra[0])}" if extra else
+            f"its {printable(wrong[0])} is {list(tensors[wrong[0]].shape)}, on disk {list(shapes[wrong[0]])}" if wrong
+            else None
+        )  # fmt: skip
+        if problem:
             hint = "its state_dict must have the names and shapes on disk"
-            raise UsageError(
-                f"--model {self._text} does not fit the checkpoint: {one_line(error)}", hint=hint
-            ) from None
-        return module
+            raise UsageError(f"--model {self.name} does not fit the checkpoint: {problem}", hint=hint)
+        return by_name
 
-    def parameter_of(self, name: str, model: nn.Module) -> str | None:
-        return name if name in model.state_dict() else None
+    def inputs(self, ranks: int, seed: int) -> dict[str, Any]:
+        if isinstance(self._inputs, Mapping):
+            return {key: self._widened(value) for key, value in self._inputs.items()}
+        values = self._inputs if isinstance(self._inputs, tuple) else (self._inputs,)
+        return {"": tuple(map(self._widened, values))}
 
-    def call(self, model: nn.Module, ranks: int, seed: int) -> Any:
-        inputs = self._inputs
-        if isinstance(inputs, Mapping):
-            return model(**{key: _widened(value) for key, value in inputs.items()})
-        return model(*map(_widened, inputs if isinstance(inputs, tuple) else (inputs,)))
-
-
-def _widened(value: Any) -> Any:
-    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+    def _widened(self, value: Any) -> Any:
+        return value.to(self._dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def _import(text: str) -> Callable[[dict[str, Any]], Any]:
@@ -205,3 +291,30 @@ def _import(text: str) -> Callable[[dict[str, Any]], Any]:
     if not callable(function):
         raise UsageError(f"--model {printable(text)} is not a function")
     return function  # type: ignore[no-any-return]
+
+
+# ---------------------------------------------------------------------------------------------- filling in
+
+
+def copy_with(skeleton: nn.Module, tensors: Mapping[str, torch.Tensor], device: torch.device) -> nn.Module:
+    """A copy of a skeleton with these tensors in the places of its parameters and persistent buffers. A twin that is
+    tied to another and not named gets the other's."""
+    old = slots(skeleton)
+    of_id = {id(old[name]): tensor for name, tensor in tensors.items()}
+    module = copy.deepcopy(skeleton)
+    for name, tensor in old.items():
+        owner, leaf = module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        new = tensors.get(name, of_id.get(id(tensor)))
+        place = owner._parameters if leaf in owner._parameters else owner._buffers
+        if new is not None:
+            place[leaf] = new  # type: ignore[assignment]
+        elif tensor.device.type == "meta":
+            raise InconclusiveError(f"{name} has no values")
+    for submodule in module.modules():
+        for leaf, buffer in submodule._buffers.items():
+            if buffer is not None and not isinstance(buffer, BlockTensor):
+                submodule._buffers[leaf] = buffer.to(device)
+        for leaf, kept in submodule._parameters.items():
+            if kept is not None and not isinstance(kept, BlockTensor):
+                submodule._parameters[leaf] = nn.Parameter(kept.detach().to(device), requires_grad=False)
+    return module

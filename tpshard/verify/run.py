@@ -9,21 +9,20 @@ from pathlib import Path
 from typing import Literal
 
 from tpshard.checkpoint import Checkpoint, open_full
-from tpshard.errors import InconclusiveError
 from tpshard.verify.files import check_files, default_workers
 from tpshard.verify.layout import check_layout
 from tpshard.verify.report import CheckResult, Report
-from tpshard.verify.source import Bytes
 from tpshard.verify.weights import check_weights, comparable
 
-Level = Literal["files", "weights", "layout", "forward"]
-LEVELS: tuple[Level, ...] = ("files", "weights", "layout", "forward")
+Level = Literal["files", "weights", "layout", "forward", "backward"]
+LEVELS: tuple[Level, ...] = ("files", "weights", "layout", "forward", "backward")
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to verify. ``level`` is the deepest check wanted; None: everything that can be run. ``factory`` is
-    ``package.module:function`` for a model that transformers does not know."""
+    """What to verify. ``level`` is the deepest check wanted; None: everything that can be run in reasonable time.
+    ``factory`` is ``package.module:function`` for a model that transformers does not know; ``isolate`` lists every
+    faulty layer rather than the first; ``device`` is where the model runs."""
 
     folder: Path
     against: Path | None = None
@@ -31,9 +30,11 @@ class Request:
     factory: str | None = None
     workers: int = 0
     progress: Callable[[int], object] = lambda count: None
+    isolate: bool = False
+    device: str = "cpu"
 
     def wants(self, level: Level) -> bool:
-        return LEVELS.index(level) <= LEVELS.index(self.level or "forward")
+        return LEVELS.index(level) <= LEVELS.index(self.level or "backward")
 
 
 def verify(request: Request) -> Report:
@@ -52,22 +53,21 @@ def verify(request: Request) -> Report:
     if request.wants("layout"):
         checks.append(check_layout(shards))
     if request.wants("forward"):
-        checks += _model_checks(shards, source, request.factory)
+        checks += _model_checks(shards, source, request)
     return Report(tuple(checks))
 
 
-def _model_checks(shards: Checkpoint, source: Checkpoint | None, factory: str | None) -> list[CheckResult]:
-    """The forward check; where it cannot run, the layer check beside the reason, which proves less."""
+def _model_checks(shards: Checkpoint, source: Checkpoint | None, request: Request) -> list[CheckResult]:
+    """Where torch is not installed or the tensors are not the source's, the reason."""
     if importlib.util.find_spec("torch") is None:
         what = "torch is not installed (pip install 'tpshard[hf]')"
         return [CheckResult("forward", unproven=what)]
     if source and not all(comparable(shards, source, name) for name in {*shards.tensors, *source.tensors}):
         return [CheckResult("forward", unproven="the shards' tensors are not those of the source")]
-    from tpshard.verify.forward import check_forward
-    from tpshard.verify.layers import check_layers
+    from tpshard.verify.model_checks import ModelRequest, check_model
+    from tpshard.verify.values import StoredWeights
 
-    weights = Bytes(shards, source)
-    try:
-        return [check_forward(weights, factory=factory)]
-    except InconclusiveError as error:
-        return [CheckResult("forward", unproven=str(error)), check_layers(weights)]
+    backward = {"forward": False, "backward": True}.get(request.level or "")
+    wanted = ModelRequest(request.factory, backward, request.isolate, request.device)
+    with StoredWeights(shards, source) as weights:
+        return list(check_model(weights, wanted))

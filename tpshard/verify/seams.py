@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from tpshard.verify.lockstep import Lockstep
-from tpshard.verify.placement import Cut, Layer, is_conv1d
+from tpshard.verify.placement import REFERENCE, Cut, Layer, is_conv1d
+from tpshard.verify.recurrent import is_recurrent, run_in_steps, steps
 
 TOLERANCE = 1e-10  # relative L2, of a seam and of each position: clean runs stay below 1e-14, real faults exceed 4e-4
 LARGEST = 1e-9  # of the reference's root mean square, for a single number
-REFERENCE = 0  # the reference's place among the runs; rank r is run r + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,10 @@ class Seam:
     producers: tuple[str, ...] = ()
 
 
+class EnoughError(Exception):
+    """An error was found that is large enough to end the run."""
+
+
 @dataclass(slots=True)
 class Record:
     """What a run has compared, in order; ``positions`` counts positions of all comparisons."""
@@ -37,6 +41,7 @@ class Record:
     positions: int = 0
     gathers: int = 0
     visited: set[str] = field(default_factory=set)
+    stop_above: float = float("inf")  # an error that is enough: the run ends there
     open_cuts: list[str] = field(default_factory=list)  # column layers since the ranks last met
 
     def compare(self, layer: str, what: str, rank: int, got: torch.Tensor, want: torch.Tensor) -> None:
@@ -44,6 +49,12 @@ class Record:
         error, wrong = difference(got.detach(), want.detach())
         self.positions += want.numel() // max(1, want.shape[-1]) if want.ndim else 1
         self.seams.append(Seam(layer, what, rank, error, wrong, tuple(self.open_cuts[-4:]) if wrong else ()))
+        if error >= self.stop_above:
+            raise EnoughError
+
+    @property
+    def worst(self) -> float:
+        return max((seam.error for seam in self.seams), default=0.0)
 
 
 def difference(got: torch.Tensor, want: torch.Tensor) -> tuple[float, bool]:
@@ -78,16 +89,20 @@ def feature_axis(module: nn.Module) -> int:
 
 
 class Hooks:
-    """Puts the seams into one run's model: run 0 is the reference, run r + 1 rank r."""
+    """Puts the seams into one run's model: run 0 is the reference, run r + 1 rank r. With ``isolate`` the ranks go on
+    from the reference's value after each comparison, so that every faulty layer shows, not only the first."""
 
-    def __init__(self, lock: Lockstep, record: Record, ranks: int) -> None:
-        self.lock, self.record, self.ranks = lock, record, ranks
+    def __init__(self, lock: Lockstep, record: Record, ranks: int, isolate: bool = False) -> None:
+        self.lock, self.record, self.ranks, self.isolate = lock, record, ranks, isolate
         self._handles: list[Any] = []
 
     def attach(self, run: int, model: nn.Module, layers: Sequence[Layer]) -> None:
         modules = dict(model.named_modules())
         for layer in layers:
             module = modules[layer.path]
+            if is_recurrent(module) and layer.cut is not None:
+                self._attach_recurrent(run, layer, module)
+                continue
             before, after = self._before(run, layer, module), self._after(run, layer, module)
             if before is not None:
                 self._handles.append(module.register_forward_pre_hook(before))
@@ -111,9 +126,9 @@ class Hooks:
         """These layers want all of their input: it has to be the reference's on every rank."""
         if not args or not isinstance(args[0], torch.Tensor):
             return
-        values = self.lock.exchange(run, f"{layer.path}, input", args[0].detach().clone())
+        want = self.lock.reference(run, f"{layer.path}, input", args[0].detach().clone())
         if run != REFERENCE:
-            self.record.compare(layer.name, "input", run - 1, args[0], values[REFERENCE])
+            self.record.compare(layer.name, "input", run - 1, args[0], want)
 
     def _join_input(self, run: int, layer: Layer, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Each feature from the lowest rank that has something there: the others hold zeros, or the same."""
@@ -122,10 +137,10 @@ class Hooks:
             if isinstance(value, torch.Tensor) and value.is_floating_point():
                 values = self.lock.exchange(run, f"{layer.path}, input {number}", value)
                 if run != REFERENCE:
-                    value = _first_nonzero(values[1:])
+                    value = self._onwards(_first_nonzero(values[1:]), values[REFERENCE])
                     self.record.compare(layer.name, "gathered input", run - 1, value, values[REFERENCE])
             joined.append(value)
-        if run == REFERENCE:
+        if run == self.lock.runs[0]:
             self.record.gathers += 1
         return tuple(joined)
 
@@ -144,8 +159,9 @@ class Hooks:
         # The reference's value is copied, since its own code may go on to change it in place.
         values = self.lock.exchange(run, layer.path, value.detach().clone() if run == REFERENCE else value)
         self.record.visited.add(layer.path)
-        if run == REFERENCE:
+        if run == self.lock.runs[0]:
             self.record.gathers += layer.task == "gather"
+        if run == REFERENCE:
             return None
         if layer.task == "row":
             joined = torch.stack(values[1:]).sum(dim=0)
@@ -153,24 +169,90 @@ class Hooks:
             assert layer.cut is not None
             joined = _join(values[1:], layer.cut, feature_axis(module))
         self.record.compare(layer.name, "output", run - 1, joined, values[REFERENCE])
-        if run == self.ranks:
+        if run == self.lock.runs[-1]:
             self.record.open_cuts.clear()
-        return put_back(joined)
+        return put_back(self._onwards(joined, values[REFERENCE]))
 
-    def _compare_own(self, run: int, layer: Layer, module: nn.Module, out: Any) -> None:
+    def _compare_own(self, run: int, layer: Layer, module: nn.Module, out: Any) -> Any:
         """A column layer's output stays local: each rank's own part of it is compared."""
-        value, _ = first_tensor(out)
-        values = self.lock.exchange(run, layer.path, value.detach().clone())
+        value, put_back = first_tensor(out)
+        reference = self.lock.reference(run, layer.path, value.detach().clone())
         self.record.visited.add(layer.path)
-        if run == REFERENCE:
+        if run == self.lock.runs[0]:
             self.record.open_cuts.append(layer.name)
-            return
         axis, cut = feature_axis(module), layer.cut
-        if cut is None or value.shape[axis] != sum(len(own) for own in cut.first):
-            return  # the layer's features are not its weight's rows: its consumer will tell
-        own = cut.index[run - 1]
-        mine, theirs = (tensor.index_select(axis, own).movedim(axis, -1) for tensor in (value, values[REFERENCE]))
+        if run == REFERENCE or cut is None or value.shape[axis] != sum(len(own) for own in cut.first):
+            return None  # where the layer's features are not its weight's rows, its consumer will tell
+        own = cut.index[run - 1].to(value.device)
+        mine, theirs = (tensor.index_select(axis, own).movedim(axis, -1) for tensor in (value, reference))
         self.record.compare(layer.name, "own part of the output", run - 1, mine, theirs)
+        if not self.isolate:
+            return None
+        wanted = reference.index_select(axis, own)
+        return put_back(self._onwards(value, value.detach().index_copy(axis % value.ndim, own, wanted)))
+
+    def _onwards(self, value: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+        """What a rank goes on with; gradients are those of its own value either way."""
+        return value + (reference - value).detach() if self.isolate else value
+
+    # ---------------------------------------------------------------------------------------- recurrent layers
+
+    def _attach_recurrent(self, run: int, layer: Layer, module: nn.Module) -> None:
+        """LSTM, GRU and RNN meet after every step: each rank has its own units of the hidden state."""
+        assert isinstance(module, nn.RNNBase)
+        assert layer.cut is not None
+        if run == REFERENCE:  # torch's own code, which then keeps step with the ranks
+            self._handles.append(module.register_forward_pre_hook(lambda module, _: _set_flat_weights(module)))
+            keep_step = lambda module, args, out: self._keep_step(layer, module, args, out)  # noqa: E731
+            self._handles.append(module.register_forward_hook(keep_step))
+            return
+        first = [own[own < module.hidden_size] for own in layer.cut.first]
+
+        def join(key: str, hidden: torch.Tensor) -> torch.Tensor:
+            values = self.lock.exchange(run, f"{layer.path}, {key}", hidden)
+            joined = torch.zeros_like(hidden)
+            for value, own in zip(values[1:], first, strict=True):
+                joined = joined.index_copy(-1, own, value.index_select(-1, own))
+            return joined
+
+        def forward(input: torch.Tensor, hx: Any = None) -> Any:
+            out = run_in_steps(module, input, hx, join)
+            return self._compare_recurrent(run, layer, out)
+
+        was = module.forward
+        module.forward = forward
+        self._handles.append(_Restored(module, was))
+
+    def _keep_step(self, layer: Layer, module: nn.RNNBase, args: tuple[Any, ...], out: Any) -> Any:
+        for step in steps(module, args[0].shape[1 if module.batch_first else 0]):
+            self.lock.exchange(REFERENCE, f"{layer.path}, {step}", torch.zeros(()))
+        return self._compare_recurrent(REFERENCE, layer, out)
+
+    def _compare_recurrent(self, run: int, layer: Layer, out: Any) -> Any:
+        value, put_back = first_tensor(out)
+        reference = self.lock.reference(run, layer.path, value.detach().clone())
+        self.record.visited.add(layer.path)
+        if run == self.lock.runs[0]:
+            self.record.gathers += 1
+        if run == REFERENCE:
+            return None
+        self.record.compare(layer.name, "output", run - 1, value, reference)
+        return put_back(self._onwards(value, reference))
+
+
+class _Restored:
+    """A handle that gives a module its own forward back."""
+
+    def __init__(self, module: nn.Module, forward: Any) -> None:
+        self._module, self._forward = module, forward
+
+    def remove(self) -> None:
+        self._module.forward = self._forward
+
+
+def _set_flat_weights(module: nn.RNNBase) -> None:
+    """torch keeps a list of the weights beside the parameters."""
+    module._flat_weights = [getattr(module, name).dense() for name in module._flat_weights_names]
 
 
 def first_tensor(out: Any) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
@@ -186,15 +268,16 @@ def _join(values: Sequence[torch.Tensor], cut: Cut, axis: int) -> torch.Tensor:
     """Each feature from the lowest rank that holds it."""
     joined = torch.zeros_like(values[0])
     for value, own in zip(values, cut.first, strict=True):
-        joined.index_copy_(axis % joined.ndim, own, value.index_select(axis, own))
+        index = own.to(value.device)
+        joined = joined.index_copy(axis % joined.ndim, index, value.index_select(axis, index))
     return joined
 
 
 def _first_nonzero(values: Sequence[torch.Tensor]) -> torch.Tensor:
-    joined = values[0].clone()
+    joined = values[0]
     empty = (joined == 0).reshape(-1, joined.shape[-1]).all(dim=0)
     for value in values[1:]:
         filled = empty & (value != 0).reshape(-1, value.shape[-1]).any(dim=0)
-        joined[..., filled] = value[..., filled]
-        empty &= ~filled
+        joined = torch.where(filled, value, joined)
+        empty = empty & ~filled
     return joined

@@ -1,0 +1,223 @@
+"""One model run sharded and unsharded, in lock step, and what it found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from tpshard.errors import InconclusiveError
+from tpshard.verify.block_tensor import Context, Tape
+from tpshard.verify.gradients import Comparison
+from tpshard.verify.lockstep import AllDouble, Lockstep, OutOfStepError, RunError
+from tpshard.verify.models import Model, copy_with, one_line
+from tpshard.verify.placement import REFERENCE, Layer, Parameters
+from tpshard.verify.seams import EnoughError, Hooks, Record
+from tpshard.verify.sections import Gradient, RanksBackwardError, Sections, judged
+from tpshard.verify.values import Weights
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is run: a model without weights, its parameters' places, its layers, and what it is called with.
+
+    ``stubs``: what a block returned, for blocks whose result is like their input; the ``skipped`` ones are not run.
+    """
+
+    model: Model
+    parameters: Parameters
+    layers: Sequence[Layer]
+    blocks: Sequence[str]
+    inputs: Mapping[str, Any]
+    ranks: int
+    device: torch.device
+    stubs: Mapping[str, Any] = field(default_factory=dict)
+    skipped: frozenset[str] = frozenset()
+
+
+@dataclass(slots=True)
+class Outcome:
+    """``failure``: a rank's model that broke down; ``outputs``: by run, where asked for."""
+
+    record: Record
+    gradients: list[Gradient] = field(default_factory=list)
+    failure: RunError | None = None
+    outputs: list[Any] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How it is run. ``backward``: block by block; ``loss``: of the whole model from its loss (a function of the
+    output), all activations alive; ``stop_above``: the error that is enough to end."""
+
+    dtype: torch.dtype = torch.float64
+    backward: bool = False
+    loss: Callable[[Any], torch.Tensor] | None = None
+    isolate: bool = False
+    sound: bool = False
+    stop_above: float = float("inf")
+    doubled: frozenset[str] = frozenset()
+    seed: int = 0
+
+
+def call(module: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    """The key "" holds positional arguments."""
+    keywords = {key: value for key, value in inputs.items() if key}
+    return module(*inputs.get("", ()), **keywords)
+
+
+def execute(subject: Subject, weights: Weights, way: Way, lock: Lockstep | None = None) -> Outcome:
+    """Run the reference and every rank's copy side by side on the same inputs.
+
+    Raises InconclusiveError where the reference itself does not run.
+    """
+    lock = lock or Lockstep(subject.ranks + 1)
+    return _Execution(subject, weights, way, lock).outcome()
+
+
+def with_stubs(subject: Subject, module: nn.Module) -> None:
+    """Blocks that are skipped hand on their input, in the form that their result has."""
+    for path in subject.skipped:
+        block = module.get_submodule(path)
+
+        def forward(*args: Any, form: Any = subject.stubs[path], **kwargs: Any) -> Any:
+            return with_first(form, first_of((args, kwargs)))
+
+        block.forward = forward
+
+
+def first_of(value: Any) -> torch.Tensor | None:
+    return next(tensors_of(value), None)
+
+
+def with_first(form: Any, tensor: torch.Tensor | None) -> Any:
+    """The same, with another first tensor."""
+    if isinstance(form, torch.Tensor):
+        return tensor
+    if isinstance(form, Mapping):
+        (key, first), *others = form.items()
+        made: Any = type(form)
+        return made({key: with_first(first, tensor), **dict(others)})
+    return type(form)((with_first(form[0], tensor), *form[1:]))
+
+
+class _Execution:
+    def __init__(self, subject: Subject, weights: Weights, way: Way, lock: Lockstep) -> None:
+        self.subject, self.way, self.lock = subject, way, lock
+        self.record = Record(stop_above=way.stop_above)
+        self.contexts = {run: self._context(weights, run) for run in lock.runs}
+        self.sections = Sections(lock, self.contexts, subject.ranks, way.seed)
+        self.gradients: list[Gradient] = []
+
+    def _context(self, weights: Weights, run: int) -> Context:
+        sound = self.way.sound and run == REFERENCE
+        context = Context(weights, self.way.dtype, self.subject.device, sound=sound)
+        if self.way.backward or self.way.loss:
+            context.tape = Tape.new(self.subject.device)
+        return context
+
+    def outcome(self) -> Outcome:
+        hooks = Hooks(self.lock, self.record, self.subject.ranks, self.way.isolate)
+        modules = {run: self._module(run, hooks) for run in self.lock.runs}
+        failure, outputs = None, []
+        try:
+            outputs = self.lock.run([self._caller(run, module) for run, module in modules.items()])
+        except RunError as error:
+            failure = self._accepted(error)
+        finally:
+            hooks.remove()
+            self.sections.remove()
+        return Outcome(self.record, self.sections.gradients + self.gradients, failure, outputs)
+
+    def _module(self, run: int, hooks: Hooks) -> nn.Module:
+        subject = self.subject
+        tensors = subject.parameters.of_run(run, self.contexts[run], self.way.doubled)
+        module = copy_with(subject.model.skeleton, tensors, subject.device)
+        with_stubs(subject, module)
+        hooks.attach(run, module, subject.layers)
+        if self.way.backward:
+            self.sections.attach(run, module, subject.blocks)
+        return module
+
+    def _accepted(self, error: RunError) -> RunError | None:
+        """A rank's failure is an outcome; the reference's is none."""
+        if isinstance(error.cause, EnoughError):
+            return None
+        if isinstance(error.cause, InconclusiveError):
+            raise error.cause
+        if error.run == REFERENCE and not isinstance(error.cause, OutOfStepError | RanksBackwardError):
+            raise InconclusiveError(f"the unsharded model does not run: {one_line(error.cause)}") from error.cause
+        return error
+
+    def _caller(self, run: int, module: nn.Module) -> Callable[[], Any]:
+        with_gradients = self.way.backward or self.way.loss is not None
+
+        def body() -> Any:
+            output = call(module, on_device(self.subject.inputs, self.subject.device))
+            self._compare_output(run, output)
+            if self.way.backward:
+                self.sections.finish(run, output)
+            if self.way.loss is not None:
+                self._go_back_from_loss(run, self.way.loss(output))
+            return detached(output)
+
+        def in_mode() -> Any:  # all modes belong to the thread
+            with torch.set_grad_enabled(with_gradients):
+                if self.way.dtype is not torch.float64:
+                    return body()
+                with AllDouble():
+                    return body()
+
+        return in_mode
+
+    def _compare_output(self, run: int, output: Any) -> None:
+        own = [tensor.detach() for tensor in tensors_of(output)]
+        if not own:
+            raise InconclusiveError("the model returns no floating-point tensor to compare")
+        reference = self.lock.reference(run, "the model's output", [tensor.clone() for tensor in own])
+        if run == REFERENCE:
+            return
+        for number, (got, want) in enumerate(zip(own, reference, strict=True)):
+            self.record.compare("the model's output", f"output {number}", run - 1, got, want)
+
+    def _go_back_from_loss(self, run: int, loss: torch.Tensor) -> None:
+        everybody = dict(zip(self.lock.runs, self.lock.here(run, "the loss", loss), strict=True))
+        if run != self.lock.runs[0]:
+            return
+        ranks = [r for r in everybody if r != REFERENCE]
+        if REFERENCE in everybody:
+            everybody[REFERENCE].backward()
+        torch.autograd.backward([everybody[r] / self.subject.ranks for r in ranks])
+        tapes = {r: context.tape for r, context in self.contexts.items()}
+        own = [tape for r in ranks if (tape := tapes[r]) is not None]
+        self.gradients += judged("the loss", list(Comparison(tapes.get(REFERENCE), own, self.lock).differences()))
+        for r in ranks if REFERENCE in everybody else ():
+            self.record.compare("the loss", "loss", r - 1, everybody[r].reshape(1), everybody[REFERENCE].reshape(1))
+
+
+def on_device(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: on_device(item, device) for key, item in value.items()}
+    return type(value)(on_device(item, device) for item in value) if type(value) in (tuple, list) else value
+
+
+def tensors_of(output: Any) -> Iterator[torch.Tensor]:
+    """The floating-point tensors of whatever a model returns, in order."""
+    if isinstance(output, torch.Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from tensors_of(value)
+    elif isinstance(output, list | tuple):
+        for value in output:
+            yield from tensors_of(value)
+
+
+def detached(output: Any) -> list[torch.Tensor]:
+    return [tensor.detach() for tensor in tensors_of(output)]

@@ -1,0 +1,61 @@
+"""The checks that run the model: forward, backward, and the proof that they would have seen what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from tpshard.errors import InconclusiveError, UsageError
+from tpshard.verify.execution import Way, execute
+from tpshard.verify.forward import backward_result, forward_result, generic_result
+from tpshard.verify.layers import check_layers
+from tpshard.verify.preparation import Choice, default_dtype, prepare
+from tpshard.verify.report import CheckResult
+from tpshard.verify.sensitivity import run_generic, self_test, shortened
+from tpshard.verify.values import Weights, numbers_in
+
+FITS = 2 * 10**9  # numbers: up to here the default goes back, too
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRequest:
+    """``backward``: None where the model's size decides; ``isolate``: every faulty layer, not only the first."""
+
+    factory: str | None = None
+    backward: bool | None = None
+    isolate: bool = False
+    device: str = "cpu"
+    seed: int = 0
+
+
+def check_model(weights: Weights, request: ModelRequest) -> Iterator[CheckResult]:
+    """Forward and, if wanted, backward; where the model cannot be run, the reason, and each layer alone, which proves
+    less. Raises UsageError where ``factory`` or ``device`` is no good."""
+    if request.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no GPU here", hint="leave --device out")
+    try:
+        yield from _checks(weights, request)
+    except InconclusiveError as error:
+        yield CheckResult("forward", unproven=str(error))
+        yield check_layers(weights)
+
+
+def _checks(weights: Weights, request: ModelRequest) -> Iterator[CheckResult]:
+    backward = fits(weights) if request.backward is None else request.backward
+    with default_dtype(torch.float64):
+        subject = prepare(weights, Choice(request.factory, request.seed, request.device))
+        way = Way(backward=backward, isolate=request.isolate, sound=True, seed=request.seed)
+        outcome = execute(subject, weights, way)
+        yield forward_result(subject, weights, outcome, request.isolate)
+        if backward:
+            yield backward_result(subject, weights, outcome)
+        short = shortened(subject, weights)
+        yield generic_result(short, weights, run_generic(short, weights, way))
+        yield self_test(short, weights, outcome.record.visited)
+
+
+def fits(weights: Weights) -> bool:
+    """Whether the model is small enough for the default to do everything."""
+    return numbers_in(weights) <= FITS

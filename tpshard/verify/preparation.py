@@ -1,0 +1,148 @@
+"""Before the model runs: what is to be called, which layers have something to do, and which blocks are alike."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from tpshard.errors import InconclusiveError
+from tpshard.verify.block_tensor import Context
+from tpshard.verify.execution import Subject, call, first_of, on_device, with_first
+from tpshard.verify.lockstep import AllDouble
+from tpshard.verify.models import FactoryModel, Model, TransformersModel, copy_with, one_line, slots
+from tpshard.verify.placement import NOBODY, REFERENCE, Layer, Parameters, find_layers
+from tpshard.verify.sections import outermost_blocks
+from tpshard.verify.values import Weights, shape_of
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """``factory``: package.module:function of a model that transformers does not know; ``seed``: of the inputs."""
+
+    factory: str | None = None
+    seed: int = 0
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float64
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    was = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(was)
+
+
+def make_model(weights: Weights, choice: Choice) -> Model:
+    """Raises InconclusiveError or UsageError where there is no such model or it is not the checkpoint's."""
+    if choice.factory:
+        shapes = {name: shape_of(weights, name) for name in weights.names}
+        return FactoryModel(choice.factory, weights.config, shapes, choice.dtype)
+    return TransformersModel(weights.folder, weights.config, weights.names, choice.dtype)
+
+
+def prepare(weights: Weights, choice: Choice) -> Subject:
+    """Raises InconclusiveError where the unsharded model does not run."""
+    model = make_model(weights, choice)
+    parameters = Parameters(model, weights)
+    layers = find_layers(weights, model, parameters)
+    inputs = model.inputs(weights.ranks, choice.seed)
+    blocks = outermost_blocks(model.skeleton)
+    subject = Subject(model, parameters, layers, blocks, inputs, weights.ranks, torch.device(choice.device))
+    called = _called(subject, weights)
+    return replace(
+        subject,
+        layers=_settled(subject, layers, set(called)),
+        blocks=[path for path in blocks if path in called],
+        stubs={path: form for path, form in called.items() if form is not None},
+    )
+
+
+def _called(subject: Subject, weights: Weights) -> dict[str, Any]:
+    """The modules that a forward calls: all parameters zero, which costs nothing; or, where that does not run, with
+    the reference's own. Of blocks, what they return, if its first tensor is like their input's."""
+    try:
+        return _calls(subject, weights, NOBODY)
+    except Exception:
+        try:
+            return _calls(subject, weights, REFERENCE)
+        except InconclusiveError:
+            raise
+        except Exception as error:
+            raise InconclusiveError(f"the unsharded model itself does not run: {one_line(error)}") from None
+
+
+def _calls(subject: Subject, weights: Weights, run: int) -> dict[str, Any]:
+    context = Context(weights, torch.get_default_dtype(), subject.device, sound=run == REFERENCE)
+    module = copy_with(subject.model.skeleton, subject.parameters.of_run(run, context), subject.device)
+    called: dict[str, Any] = {}
+
+    def note(path: str, args: Any, kwargs: Any, output: Any) -> None:
+        entered, left = first_of((args, kwargs)), first_of(output)
+        alike = path in blocks and entered is not None and left is not None and entered.shape == left.shape
+        called[path] = with_first(output, left[:0]) if alike and left is not None else None
+
+    blocks = set(subject.blocks)
+    for path, part in module.named_modules():
+        part.register_forward_hook(
+            lambda _, args, kwargs, out, path=path: note(path, args, kwargs, out), with_kwargs=True
+        )
+    with torch.no_grad(), AllDouble():
+        call(module, on_device(subject.inputs, subject.device))
+    return called
+
+
+def _settled(subject: Subject, layers: Sequence[Layer], called: set[str]) -> list[Layer]:
+    """A layer whose own forward is never called (its parent reads its weight) leaves its task to the nearest ancestor
+    that is called."""
+    taken = {layer.path for layer in layers if layer.path in called}
+    settled = [layer for layer in layers if layer.path in taken]
+    for layer in layers:
+        parent = layer.path.rpartition(".")[0]
+        if layer.path in called or layer.cut is None:
+            continue
+        if layer.task in ("row", "gather") and parent and parent in called and parent not in taken:
+            settled.append(replace(layer, path=parent))
+        elif not _twin_is_called(subject.model.skeleton, layer, taken):
+            settled.append(layer)  # never visited: it will be told as not reached
+    return settled
+
+
+def _twin_is_called(skeleton: nn.Module, layer: Layer, called: set[str]) -> bool:
+    """Whether a layer that shares its weight is called."""
+    modules = dict(skeleton.named_modules())
+    own = {id(parameter) for parameter in modules[layer.path].parameters(recurse=False)}
+    others = (modules[path].parameters(recurse=False) for path in called)
+    return any(id(parameter) in own for parameters in others for parameter in parameters)
+
+
+def never_called(subject: Subject, visited: set[str]) -> list[str]:
+    """Layers with tensors on disk that the input did not reach."""
+    return [layer.name for layer in subject.layers if layer.path not in visited]
+
+
+def kind_of_block(subject: Subject, weights: Weights, path: str) -> Any:
+    """Equal for blocks of one make: the same parameters, of the same shapes, cut alike."""
+    module = subject.model.skeleton.get_submodule(path)
+    return type(module).__name__, tuple(
+        (
+            name,
+            tuple(tensor.shape),
+            tuple((weights.layout(n), weights.role(n).rule, weights.role(n).gather) for n in recipe.names),
+        )
+        for name, tensor in slots(module).items()
+        if (recipe := subject.model.recipes.get(f"{path}.{name}")) is not None
+    )
+
+
+def numbered(name: str) -> str:
+    """A name with its numbers struck out: the same for all layers."""
+    return re.sub(r"\d+", "*", name)
