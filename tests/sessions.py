@@ -21,6 +21,7 @@ PAGES = [ROOT / "README.md", ROOT / "docs" / "tutorial.md", ROOT / "docs" / "ver
 BLOCK = re.compile(r"(?<=^```console\n).*?(?=^```$)", re.MULTILINE | re.DOTALL)
 # What differs from run to run: times, rates, rounding errors, scratch folders.
 VARYING = [
+    (re.compile(r" \([\d,]+\.\d s\)$", re.MULTILINE), ""),  # of a slow check
     (re.compile(r"\d+\.\d+ s\b"), "# s"),
     (re.compile(r"\(\d+\.\d [kMG]B/s\)"), "(# MB/s)"),
     (re.compile(r"\d(\.\d+)?e[+-]\d+"), "#e#"),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import report_schema
 from tests.faults import CLEAN, KEY_VALUE_HEADS, Fault, all_faults, try_fault, was_caught
 from tests.tiny_models import save_model
 from tpshard.convert import plan_split, run
@@ -33,6 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 @pytest.mark.parametrize("fault", all_faults(), ids=lambda f: f"{f.id}-{f.model}-{f.what}".replace(" ", "_"))
 def test_fault_is_caught_and_named(fault: Fault, model: Model, tmp_path: Path) -> None:
     report = try_fault(fault, model(fault.model), tmp_path)
+    report_schema.check(report)
     assert report.verdict is Verdict.FAIL
     assert was_caught(fault, report), [
         (check.name, check.verdict.value, [str(finding) for finding in check.findings[:3]]) for check in report.checks
@@ -43,6 +45,7 @@ def test_fault_is_caught_and_named(fault: Fault, model: Model, tmp_path: Path) -
 def test_what_is_right_passes(model_type: str, tp: int, model: Model, tmp_path: Path) -> None:
     run(plan_split(model(model_type), tmp_path / "shards", tp))
     report = verify(Request(tmp_path / "shards", against=model(model_type), workers=1))
+    report_schema.check(report)
     assert [(check.name, check.verdict) for check in report.checks] == [
         (name, Verdict.PASS) for name in ("files", "weights", "layout", "forward", "backward", "generic", "self-test")
     ], report

@@ -24,10 +24,12 @@ FLOORS: list[tuple[str, ...]] = [
     ("verify.values", "verify.blocks", "verify.block_tensor", "verify.block_operations", "verify.generic"),
     ("verify.inputs", "verify.models", "verify.placement", "verify.gradients"),
     ("verify.lockstep", "verify.recurrent", "verify.seams", "verify.sections", "verify.execution"),
-    ("verify.preparation", "verify.forward", "verify.canaries", "verify.sensitivity", "verify.layers"),
+    ("verify.preparation", "verify.native", "verify.loss", "verify.forward"),
+    ("verify.canaries", "verify.sensitivity", "verify.layers"),
     ("verify.model_checks", "verify.run", "verify.__init__"),
     ("api",),
     ("cli.__init__", "cli.options", "cli.render", "cli.carry_out"),
+    ("cli.report_text", "cli.junit", "cli.markdown", "cli.report_files"),
     ("cli.split", "cli.merge", "cli.reshard", "cli.verify", "cli.inspect", "cli.policy", "cli.demo"),
     ("cli.main", "__main__"),
 ]

@@ -83,15 +83,18 @@ def verify(
     against: Folder | None = None,
     level: Level | None = None,
     model: str | None = None,
+    isolate: bool = False,
+    device: str = "cpu",
     workers: int = 0,
     progress: Progress = lambda count: None,
 ) -> Report:
     """Check a shard folder; ``report.verdict`` is PASS, FAIL or INCONCLUSIVE.
 
-    ``level``: the deepest check, all that can be run by default; ``model``: ``package.module:function``.
+    ``level``: the deepest check, all that can be run by default; ``model``: ``package.module:function``; ``isolate``:
+    every faulty layer, not only the first; ``device``: where the model runs, ``cpu`` or ``cuda``.
     """
     source = Path(against) if against is not None else None
-    return run_checks(Request(Path(folder), source, level, model, workers, progress))
+    return run_checks(Request(Path(folder), source, level, model, workers, progress, isolate, device))
 
 
 def inspect(folder: Folder) -> Checkpoint:

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from tpshard.cli import options, render
-from tpshard.cli.verify import report_text
+from tpshard.cli.report_text import report_text
 from tpshard.convert import plan_merge, plan_split, run
 from tpshard.demo import make_checkpoint
 from tpshard.errors import UsageError

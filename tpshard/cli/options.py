@@ -47,7 +47,7 @@ class Size(click.ParamType):  # type: ignore[type-arg]
         return size
 
 
-FOLDER = click.Path(path_type=Path)
+FOLDER = FILE = click.Path(path_type=Path)
 
 quiet = click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object (docs/json.md has its shape).")

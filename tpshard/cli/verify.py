@@ -8,9 +8,12 @@ from typing import cast
 import click
 
 from tpshard.cli import options, render
-from tpshard.verify.report import Report
+from tpshard.cli.report_files import append_summary, junit_file
+from tpshard.cli.report_text import report_text
 from tpshard.verify.run import LEVELS, Level, Request
 from tpshard.verify.run import verify as run_checks
+
+FORMAT, VERSION = "tpshard-verify", 1  # of --json: docs/verify.schema.json
 
 
 @click.command()
@@ -18,49 +21,44 @@ from tpshard.verify.run import verify as run_checks
 @click.option("--against", metavar="SRC", type=options.FOLDER, help="The full checkpoint that was cut.")
 @click.option("--level", type=click.Choice(LEVELS), help="The deepest check to run; default: all that can be run.")
 @click.option("--model", "factory", metavar="PKG.MOD:FUNC", help="Makes the model, where transformers cannot.")
+@click.option("--isolate", is_flag=True, help="List every faulty layer: ranks go on from the right numbers.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="Where the model runs.")
+@click.option("--junit", type=options.FILE, metavar="FILE", help="Write the report as JUnit XML, too.")
 @options.apply(options.workers, options.as_json, options.quiet)
 def verify(
     folder: Path,
     against: Path | None,
     level: str | None,
     factory: str | None,
+    isolate: bool,
+    device: str,
+    junit: Path | None,
     workers: int | None,
     as_json: bool,
     quiet: bool,
 ) -> int:
     """Prove that the shards in DST are right: files, weights, layout, and the model itself run sharded.
 
-    Exit codes: 0 PASS, 1 FAIL, 4 INCONCLUSIVE (not proven either way). Nothing is written.
+    Exit codes: 0 PASS, 1 FAIL, 4 INCONCLUSIVE (not proven either way). Nothing is written but
+    what --junit names, and a section in the step summary where GitHub Actions asks for one.
 
     \b
     tpshard verify llama-8b-tp4 --against llama-8b
     tpshard verify llama-8b-tp4                          # the source is gone: its recorded digests
     tpshard verify llama-8b-tp4 --level weights --json
+    tpshard verify llama-8b-tp4 --isolate                # every faulty layer, not only the first
+    tpshard verify llama-8b-tp4 --junit verify.xml       # what is not proven turns a build red
     tpshard verify shards --model my_package.models:build
     """
     chosen = cast("Level | None", level)
-    with render.progress(0, "verify", quiet or as_json) as update:
-        report = run_checks(Request(folder, against, chosen, factory, workers or 0, update))
+    with junit_file(junit, folder) as write:
+        with render.progress(0, "verify", quiet or as_json) as update:
+            report = run_checks(Request(folder, against, chosen, factory, workers or 0, update, isolate, device))
+        write(report)
+    render.warn(append_summary(folder, report), quiet=quiet)
     if as_json:
-        render.emit({"command": "verify", "target": str(folder), **report.as_json()})
+        head = {"command": "verify", "format": FORMAT, "version": VERSION, "target": str(folder)}
+        render.emit({**head, **report.as_json()})
     elif not quiet:
-        click.echo(report_text(folder, report))
+        render.say(report_text(folder, report))
     return report.verdict.exit_code
-
-
-def report_text(folder: Path, report: Report) -> str:
-    """A line for each check with what it covered, its findings below it, the verdict last."""
-    lines = []
-    for check in report.checks:
-        covered = ", ".join(f"{count:,} {kind}" for kind, count in check.covered.items())
-        lines.append(f"{check.name:<8} {check.verdict.value:<12} {check.reason or covered}")
-        shown = check.findings[:MOST_SHOWN]
-        lines += [f"  - {finding}" for finding in shown]
-        if len(check.findings) > len(shown):
-            lines.append(f"  - and {len(check.findings) - len(shown)} more (--json lists all)")
-        lines += [f"    {note}" for note in check.notes]
-    lines.append(f"{report.verdict.value}  {folder}")
-    return "\n".join(lines)
-
-
-MOST_SHOWN = 10

@@ -13,8 +13,9 @@ from collections.abc import Iterator, Sequence
 from tpshard.errors import printable
 from tpshard.verify.execution import Outcome, Subject
 from tpshard.verify.models import one_line
+from tpshard.verify.native import NativeFigures
 from tpshard.verify.preparation import never_called
-from tpshard.verify.report import CheckResult, Finding
+from tpshard.verify.report import CheckResult, Finding, Table, error_size
 from tpshard.verify.seams import TOLERANCE, Record, Seam
 from tpshard.verify.sections import Gradient
 from tpshard.verify.values import Weights
@@ -22,8 +23,10 @@ from tpshard.verify.values import Weights
 MOST_NAMED = 10
 
 
-def forward_result(subject: Subject, weights: Weights, outcome: Outcome, isolate: bool) -> CheckResult:
-    """What the comparison at every seam amounts to."""
+def forward_result(
+    subject: Subject, weights: Weights, outcome: Outcome, isolate: bool, native: NativeFigures | str | None
+) -> CheckResult:
+    """What the comparison at every seam amounts to; ``native``: figures to tell beside, or why there are none."""
     record = outcome.record
     idle = never_called(subject, record.visited)
     cut = {layer.name for layer in subject.layers if layer.cut is not None}
@@ -39,19 +42,48 @@ def forward_result(subject: Subject, weights: Weights, outcome: Outcome, isolate
             "seams": len(record.seams),
             "positions": record.positions,
         },
-        notes=tuple(_notes(subject, record, [name for name in idle if name not in cut])),
+        notes=(
+            *_notes(subject, record, [name for name in idle if name not in cut]),
+            *([native] if isinstance(native, str) else []),
+        ),
+        tables=(_layer_table(subject, record), *([native.table()] if isinstance(native, NativeFigures) else [])),
         unproven=reason,
         figures={
             "worst_relative_error": record.worst,
             "tolerance": TOLERANCE,
             "gathers": record.gathers,
             "first_diverging": next((seam.layer for seam in record.seams if seam.wrong), None),
+            "native": native.as_json() if isinstance(native, NativeFigures) else None,
         },
     )
 
 
-def backward_result(subject: Subject, weights: Weights, outcome: Outcome) -> CheckResult:
-    """What the comparison of all gradients amounts to."""
+def _layer_table(subject: Subject, record: Record) -> Table:
+    """Every layer's largest error, the worst first."""
+    tasks = {layer.name: layer.task for layer in subject.layers}
+    worst: dict[str, float] = {}
+    for seam in record.seams:
+        worst[seam.layer] = max(seam.error, worst.get(seam.layer, 0.0))
+    ordered = sorted(worst.items(), key=lambda item: -item[1])
+    rows = tuple((name, tasks.get(name, "-"), error_size(error, TOLERANCE)) for name, error in ordered)
+    return Table("largest errors", ("layer", "task", "relative error"), rows)
+
+
+def _gradient_table(subject: Subject, gradients: Sequence[Gradient]) -> Table:
+    worst: dict[tuple[str, str], float] = {}
+    for gradient in gradients:
+        recipe = subject.model.recipes.get(gradient.parameter)
+        name = recipe.names[0] if recipe else gradient.parameter or "its input"
+        worst[gradient.section, name] = max(gradient.error, worst.get((gradient.section, name), 0.0))
+    ordered = sorted(worst.items(), key=lambda item: -item[1])
+    rows = tuple((section, name, error_size(error, TOLERANCE)) for (section, name), error in ordered)
+    return Table("largest errors", ("section", "gradient of", "relative error"), rows)
+
+
+def backward_result(
+    subject: Subject, weights: Weights, outcome: Outcome, loss: tuple[str, Outcome] | None
+) -> CheckResult:
+    """What the comparison of all gradients amounts to; ``loss``: a loss's name, and what its gradients showed."""
     recipes = subject.model.recipes
     gradients = outcome.gradients
     met = {gradient.parameter for gradient in gradients if gradient.parameter}
@@ -61,6 +93,11 @@ def backward_result(subject: Subject, weights: Weights, outcome: Outcome) -> Che
     if idle:
         notes.append(f"no gradient reaches {', '.join(map(printable, idle[:3]))}{', ...' if len(idle) > 3 else ''}")
     findings = [_gradient_finding(gradient, subject) for gradient in gradients if gradient.wrong]
+    of_loss = None
+    if loss is not None and loss[1].failure is None:
+        of_loss = max((gradient.error for gradient in loss[1].gradients), default=0.0)
+        notes.append(f"of a real loss ({loss[0]}, through the whole model): {of_loss:.1e}")
+        findings = findings or [_gradient_finding(g, subject) for g in loss[1].gradients if g.wrong]
     if outcome.failure is not None and not findings:
         findings = [_broken(outcome)]
     return CheckResult(
@@ -73,7 +110,12 @@ def backward_result(subject: Subject, weights: Weights, outcome: Outcome) -> Che
             "sections": len({gradient.section for gradient in gradients}),
         },
         notes=tuple(notes),
-        figures={"worst_relative_error": worst, "tolerance": TOLERANCE},
+        tables=(_gradient_table(subject, gradients),),
+        figures={
+            "worst_relative_error": worst,
+            "tolerance": TOLERANCE,
+            "loss": {"name": loss[0], "worst_relative_error": of_loss} if loss else None,
+        },
     )
 
 
@@ -105,13 +147,14 @@ def _of(recipes: object, names: set[str]) -> set[str]:
 
 
 def _gradient_finding(gradient: Gradient, subject: Subject) -> Finding:
-    size = f"relative error {gradient.error:.1e}, tolerance {TOLERANCE:.0e}"
+    error = gradient.error
     if not gradient.parameter:
-        what = f"the gradient of its input, added up over the ranks, is not the unsharded model's: {size}"
-        return Finding(what, layer=gradient.section)
-    what = f"the ranks' gradients do not add up to the unsharded model's: {size}"
+        what = "the gradient of its input, added up over the ranks, is not the unsharded model's"
+        return Finding(what, layer=gradient.section, error=error, tolerance=TOLERANCE)
     recipe = subject.model.recipes.get(gradient.parameter)
-    return Finding(what, tensor=recipe.names[0] if recipe else gradient.parameter)
+    tensor = recipe.names[0] if recipe else gradient.parameter
+    what = "the ranks' gradients do not add up to the unsharded model's"
+    return Finding(what, tensor=tensor, error=error, tolerance=TOLERANCE)
 
 
 def _broken(outcome: Outcome) -> Finding:
@@ -128,7 +171,7 @@ def _findings(outcome: Outcome, isolate: bool) -> Iterator[Finding]:
     for seam in outcome.record.seams:
         if seam.wrong and seam.layer not in seen and (isolate or not seen):
             seen.add(seam.layer)
-            yield Finding(_sentence(seam), layer=seam.layer, rank=seam.rank)
+            yield Finding(_sentence(seam), layer=seam.layer, rank=seam.rank, error=seam.error, tolerance=TOLERANCE)
     if outcome.failure is not None:
         yield _broken(outcome)
 
@@ -147,11 +190,10 @@ def _notes(subject: Subject, record: Record, idle: Sequence[str]) -> Iterator[st
 
 
 def _sentence(seam: Seam) -> str:
-    times = f"relative error {seam.error:.1e}, {seam.error / TOLERANCE:.0e} times the tolerance"
     if seam.what == "input":
         cut = f" (cut by {', '.join(seam.producers)})" if seam.producers else ""
-        return f"its input is not whole{cut}, but the layer wants all of it: {times}"
+        return f"its input is not whole{cut}, but the layer wants all of it"
     if seam.layer == "the model's output":
         cut = f": cut by {', '.join(seam.producers)} and not gathered" if seam.producers else ""
-        return f"{seam.what} is not the unsharded model's{cut}: {times}"
-    return f"its {seam.what} is not the unsharded model's: {times}"
+        return f"{seam.what} is not the unsharded model's{cut}"
+    return f"its {seam.what} is not the unsharded model's"

@@ -21,7 +21,7 @@ IMAGES = 2
 
 def make_inputs(module: nn.Module, config: Any, ranks: int, seed: int, dtype: torch.dtype) -> dict[str, Any]:
     """Keyword arguments for the module. Raises InconclusiveError where it wants something unknown."""
-    wanted = set(inspect.signature(module.forward).parameters)
+    wanted = signature_of(module)
     maker = _Maker(config, ranks, seed, dtype)
     inputs: dict[str, Any] = {}
     if "pixel_values" in wanted and maker.vision is not None and maker.has_image_token():
@@ -44,6 +44,11 @@ def make_inputs(module: nn.Module, config: Any, ranks: int, seed: int, dtype: to
     if "return_dict" in wanted:
         inputs["return_dict"] = True
     return inputs
+
+
+def signature_of(module: nn.Module) -> set[str]:
+    """The names that the module's forward takes."""
+    return set(inspect.signature(module.forward).parameters)
 
 
 class _Maker:

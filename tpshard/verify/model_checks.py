@@ -11,6 +11,8 @@ from tpshard.errors import InconclusiveError, UsageError
 from tpshard.verify.execution import Way, execute
 from tpshard.verify.forward import backward_result, forward_result, generic_result
 from tpshard.verify.layers import check_layers
+from tpshard.verify.loss import run_loss
+from tpshard.verify.native import native_figures
 from tpshard.verify.preparation import Choice, default_dtype, prepare
 from tpshard.verify.report import CheckResult
 from tpshard.verify.sensitivity import run_generic, self_test, shortened
@@ -45,12 +47,15 @@ def check_model(weights: Weights, request: ModelRequest) -> Iterator[CheckResult
 def _checks(weights: Weights, request: ModelRequest) -> Iterator[CheckResult]:
     backward = fits(weights) if request.backward is None else request.backward
     with default_dtype(torch.float64):
-        subject = prepare(weights, Choice(request.factory, request.seed, request.device))
+        choice = Choice(request.factory, request.seed, request.device)
+        subject = prepare(weights, choice)
         way = Way(backward=backward, isolate=request.isolate, sound=True, seed=request.seed)
         outcome = execute(subject, weights, way)
-        yield forward_result(subject, weights, outcome, request.isolate)
+        native = native_figures(subject, weights, choice) if fits(weights) else None
+        yield forward_result(subject, weights, outcome, request.isolate, native)
         if backward:
-            yield backward_result(subject, weights, outcome)
+            loss = run_loss(subject, weights) if fits(weights) and not outcome.failure else None
+            yield backward_result(subject, weights, outcome, loss)
         short = shortened(subject, weights)
         yield generic_result(short, weights, run_generic(short, weights, way))
         yield self_test(short, weights, outcome.record.visited)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from time import perf_counter
 from typing import Literal
 
 from tpshard.checkpoint import Checkpoint, open_full
@@ -39,35 +40,48 @@ class Request:
 
 def verify(request: Request) -> Report:
     """Run the checks. Raises InputError where there is nothing to check, StorageError where it cannot be read."""
+    return Report(tuple(_timed(_checks(request))))
+
+
+def _timed(results: Iterator[CheckResult]) -> Iterator[CheckResult]:
+    """Each result with the seconds that passed until it came."""
+    begin = perf_counter()
+    for result in results:
+        end = perf_counter()
+        yield replace(result, seconds=end - begin)
+        begin = end
+
+
+def _checks(request: Request) -> Iterator[CheckResult]:
     workers = request.workers or default_workers()
     source = open_full(request.against) if request.against else None
     files, shards = check_files(request.folder, workers, request.progress)
-    checks = [files]
+    yield files
     if shards is None:
-        missing = [level for level in LEVELS[1:] if request.wants(level)]
-        return Report(
-            (files, *(CheckResult(level, unproven="the files are not as they should be") for level in missing))
-        )
+        for level in LEVELS[1:]:
+            if request.wants(level):
+                yield CheckResult(level, unproven="the files are not as they should be")
+        return
     if request.wants("weights"):
-        checks.append(check_weights(shards, source, workers, request.progress))
+        yield check_weights(shards, source, workers, request.progress)
     if request.wants("layout"):
-        checks.append(check_layout(shards))
+        yield check_layout(shards)
     if request.wants("forward"):
-        checks += _model_checks(shards, source, request)
-    return Report(tuple(checks))
+        yield from _model_checks(shards, source, request)
 
 
-def _model_checks(shards: Checkpoint, source: Checkpoint | None, request: Request) -> list[CheckResult]:
+def _model_checks(shards: Checkpoint, source: Checkpoint | None, request: Request) -> Iterator[CheckResult]:
     """Where torch is not installed or the tensors are not the source's, the reason."""
     if importlib.util.find_spec("torch") is None:
-        what = "torch is not installed (pip install 'tpshard[hf]')"
-        return [CheckResult("forward", unproven=what)]
+        yield CheckResult("forward", unproven="torch is not installed (pip install 'tpshard[hf]')")
+        return
     if source and not all(comparable(shards, source, name) for name in {*shards.tensors, *source.tensors}):
-        return [CheckResult("forward", unproven="the shards' tensors are not those of the source")]
+        yield CheckResult("forward", unproven="the shards' tensors are not those of the source")
+        return
     from tpshard.verify.model_checks import ModelRequest, check_model
     from tpshard.verify.values import StoredWeights
 
     backward = {"forward": False, "backward": True}.get(request.level or "")
     wanted = ModelRequest(request.factory, backward, request.isolate, request.device)
     with StoredWeights(shards, source) as weights:
-        return list(check_model(weights, wanted))
+        yield from check_model(weights, wanted)

@@ -5,7 +5,7 @@ Large models are shortened for this: of blocks of one make the first is run, the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,7 +19,7 @@ from tpshard.verify.lockstep import AllDouble
 from tpshard.verify.models import copy_with
 from tpshard.verify.placement import REFERENCE
 from tpshard.verify.preparation import kind_of_block
-from tpshard.verify.report import CheckResult
+from tpshard.verify.report import CheckResult, Table
 from tpshard.verify.seams import TOLERANCE, difference
 from tpshard.verify.values import Weights, numbers_in
 
@@ -76,13 +76,11 @@ def self_test(subject: Subject, weights: Weights, visited: set[str]) -> CheckRes
         first = missed[0]
         reason = f"a planted {first.name} in {first.tensor} made an error of {first.error:.1e}, less than {SEEN:.0e}"
     notes = [f"noise {noise:.1e}; smallest planted fault {min((t.error for t in planted), default=0.0):.1e}"]
-    absent = [f"{trial.name} ({trial.absent})" for trial in trials if trial.absent]
-    if absent:
-        notes.append(f"not planted: {', '.join(absent)}")
     return CheckResult(
         "self-test",
-        covered={"noise runs": 1, "planted faults": len(planted), "seen": len(planted) - len(missed)},
+        covered={"planted faults": len(planted), "seen": len(planted) - len(missed)},
         notes=tuple(notes),
+        tables=(_table(trials),),
         unproven=reason,
         figures={
             "noise": noise,
@@ -90,6 +88,18 @@ def self_test(subject: Subject, weights: Weights, visited: set[str]) -> CheckRes
             "not_applicable": {t.name: t.absent for t in trials if t.absent},
         },
     )
+
+
+def _table(trials: Sequence[Trial]) -> Table:
+    rows = tuple(
+        (
+            t.name,
+            t.tensor or "-",
+            f"{t.error:.1e}, {t.error / TOLERANCE:.0e} times the tolerance" if t.tensor else f"not planted: {t.absent}",
+        )
+        for t in trials
+    )
+    return Table("planted faults", ("fault", "in", "error"), rows, brief=len(rows))
 
 
 def _trials(subject: Subject, weights: Weights, visited: set[str]) -> Iterator[Trial]:
