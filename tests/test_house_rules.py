@@ -20,7 +20,8 @@ FLOORS: list[tuple[str, ...]] = [
     ("policy", "policy_parsing", "library", "policy_schema", "assignment", "checkpoint"),
     ("policy_check", "quantised", "plan", "slabs"),
     ("staging", "sources", "outputs", "execute", "convert", "summary", "demo"),
-    ("verify.report", "verify.families", "verify.layout", "verify.files", "verify.weights", "verify.source"),
+    ("verify.report", "verify.families", "verify.axes", "verify.differences", "verify.ties", "verify.layout"),
+    ("verify.files", "verify.weights", "verify.source"),
     ("verify.models", "verify.tensors", "verify.placement", "verify.lockstep", "verify.seams"),
     ("verify.forward", "verify.layers", "verify.run", "verify.__init__"),
     ("api",),
@@ -30,8 +31,8 @@ FLOORS: list[tuple[str, ...]] = [
 ]
 ORDER = {module: place for place, module in enumerate(module for floor in FLOORS for module in floor)}
 WITH_TORCH = {name for name in ORDER if name.startswith("verify.")} - {
-    "verify.report", "verify.families", "verify.layout", "verify.files", "verify.weights", "verify.source",
-    "verify.run", "verify.__init__",
+    "verify.report", "verify.families", "verify.axes", "verify.differences", "verify.ties", "verify.layout",
+    "verify.files", "verify.weights", "verify.source", "verify.run", "verify.__init__",
 }  # fmt: skip
 
 
