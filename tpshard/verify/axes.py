@@ -43,7 +43,7 @@ def parts_of(tensor: Stored, slot: Slot, axis: int, sizes: Sizes) -> list[Part]:
             half = sizes.channels or (size + 1) // 2
             parts = [Part("gate channel", half, 1), Part("up channel", half, 1)]
         case "head_cell":
-            parts = [Part("cell of one head", sizes.head or size, 1)]
+            parts = [Part("head cell", sizes.head or size, 1)]
         case "query":
             parts = _heads([("query head", query)], slot, size, sizes)
         case "key_value":
@@ -67,9 +67,10 @@ def _heads(counts: list[tuple[str, int]], slot: Slot, size: int, sizes: Sizes) -
 def _misfit(axis: int, size: int, parts: list[Part], ranks: int) -> str:
     """The two sizes, and what is behind it where that shows."""
     said = " and ".join(
-        f"{part.units} {part.label}s" + (f" of {part.width}" if part.width > 1 else "") for part in parts
+        f"{part.units} {part.label}{'s' * (part.units != 1)}" + (f" of {part.width}" if part.width > 1 else "")
+        for part in parts
     )
     asked = sum(part.cells for part in parts)
     divided = ranks > 1 and size == asked * ranks
     why = f"; is it one rank's config.json, already divided by {ranks}?" if divided else ""
-    return f"has {size} cells along axis {axis}, config.json says {said}, {asked} cells{why}"
+    return f"has {size} cells along axis {axis}, config.json says {said}: {asked}{why}"

@@ -28,11 +28,12 @@ _OF_ATTENTION = frozenset({"query", "key_value", "qkv", "kv"})
 
 
 class Member(NamedTuple):
-    """A tensor of a block: what its cut axis counts, and which axis that is."""
+    """A tensor that may be cut: along which axis, what that counts, and what it is made of."""
 
     tensor: Stored
     slot: Slot
     axis: int
+    parts: list[Part]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +66,16 @@ def check_layout(shards: Checkpoint) -> CheckResult:
         axis = slot.axis_of(tensor.shape) if slot else None
         if slot is None or axis is None:
             findings += _must_be_whole(tensor)
-        elif slot.must_be_whole:
-            findings += _must_be_whole(tensor) or _check_norm(tensor, slot, axis, sizes, shards.tensors)
+            continue
+        try:
+            member = Member(tensor, slot, axis, parts_of(tensor, slot, axis, sizes))
+        except ValueError as error:
+            findings.append(Finding(str(error), tensor=tensor.name))
+            continue
+        if slot.must_be_whole:
+            findings += _must_be_whole(tensor) or _check_norm(member, shards.tensors)
         else:
-            blocks.setdefault(_block(tensor, slot), []).append(Member(tensor, slot, axis))
+            blocks.setdefault(_block(tensor, slot), []).append(member)
     for block in blocks.values():
         findings += _check_block(block, sizes, shards.ranks)
     findings += check_ties(shards, family)
@@ -109,12 +116,9 @@ def _whole_or_joined(tensor: Stored) -> bool:
     return np.array_equal(np.concatenate(runs), np.arange(tensor.shape[cut[0]])) and max(lengths) - min(lengths) <= 1
 
 
-def _check_norm(tensor: Stored, slot: Slot, axis: int, sizes: Sizes, tensors: Mapping[str, Stored]) -> list[Finding]:
-    """A norm of q or k: as long as a head, or as all heads; the latter works on no rank's own heads alone."""
-    try:
-        (part,) = parts_of(tensor, slot, axis, sizes)
-    except ValueError as error:
-        return [Finding(str(error), tensor=tensor.name)]
+def _check_norm(member: Member, tensors: Mapping[str, Stored]) -> list[Finding]:
+    """A norm over all heads works on no rank's own heads alone: the layer before it must be whole or gathered."""
+    tensor, slot, _, (part, *_) = member
     module = tensor.name.rpartition(".")[0].rpartition(".")[0]
     producer = tensors.get(f"{module}.{slot.all_of}.weight")
     if not producer or producer.layout.is_replicated:
@@ -141,23 +145,25 @@ def _check_block(block: list[Member], sizes: Sizes, ranks: int) -> list[Finding]
     ways = _ways(block, sizes, ranks)
     wrong = [[member for member in block if not _fits(member, way, sizes)] for way in ways]
     way, bad = min(zip(ways, wrong, strict=True), key=lambda pair: len(pair[1]))
-    right = (m for m in block if m not in bad and not m.tensor.layout.is_replicated)
-    partner = next((_layer_name(member.tensor) for member in right), None)
-    return [_finding(member, way, sizes, partner) for member in bad]
+    right = [m for m in block if m not in bad and not m.tensor.layout.is_replicated]
+    return [_finding(member, way, sizes, _partner(member, right)) for member in bad]
+
+
+def _partner(member: Member, right: list[Member]) -> str | None:
+    """A layer of the block that is dealt as it should be, of the same heads if there is one; its path in the block."""
+    producers = [other for other in right if not other.slot.consumer]
+    alike = [other for other in producers if other.slot.meaning == member.slot.meaning] or producers or right
+    return re.sub(r"^.*\.\d+\.", "", alike[0].tensor.name).rpartition(".")[0] if alike else None
 
 
 def _layers_agree(block: list[Member]) -> bool:
     """Whether each layer's bias is dealt as its weight."""
     seen: dict[str, list[list[int]]] = {}
-    for tensor, _, axis in block:
+    for tensor, _, axis, _ in block:
         own = [held(tensor, axis, rank).tolist() for rank in range(tensor.layout.ranks)]
         if seen.setdefault(tensor.name.rpartition(".")[0], own) != own:
             return False
     return True
-
-
-def _layer_name(tensor: Stored) -> str:
-    return tensor.name.rpartition(".")[0].rpartition(".")[2]
 
 
 def _ways(block: list[Member], sizes: Sizes, ranks: int) -> list[Dealing]:
@@ -175,7 +181,7 @@ def _channel_unit(block: list[Member]) -> int:
     """Feed-forward channels may be dealt in units (quantisation blocks): the largest that all edges allow."""
     edges = {
         edge
-        for tensor, _, axis in block
+        for tensor, _, axis, _ in block
         for shard in tensor.layout.shards
         if shard
         for run in shard.spans[axis]
@@ -188,7 +194,7 @@ def _channel_unit(block: list[Member]) -> int:
 def _padded_lengths(block: list[Member]) -> set[int]:
     """The lengths of ranks' own axes in tensors that are padded."""
     padded = [member for member in block if member.tensor.layout.padding]
-    return {shard.shape[axis] for tensor, _, axis in padded for shard in tensor.layout.shards if shard}
+    return {shard.shape[axis] for tensor, _, axis, _ in padded for shard in tensor.layout.shards if shard}
 
 
 def balanced(count: int, ranks: int, rank: int) -> Index:
@@ -208,11 +214,7 @@ def _heads_by_group(sizes: Sizes, ranks: int, rank: int) -> Index:
 
 
 def _fits(member: Member, way: Dealing, sizes: Sizes) -> bool:
-    tensor, slot, axis = member
-    try:
-        parts = parts_of(tensor, slot, axis, sizes)
-    except ValueError:
-        return False
+    tensor, slot, axis, parts = member
     for rank, shard in enumerate(tensor.layout.shards):
         want = _wanted(parts, slot, sizes, way, rank, tensor.layout.ranks)
         own = (*tensor.shape[:axis], _own_length(slot, way, want), *tensor.shape[axis + 1 :])
@@ -249,11 +251,7 @@ def _wanted(parts: list[Part], slot: Slot, sizes: Sizes, way: Dealing, rank: int
 
 def _finding(member: Member, way: Dealing, sizes: Sizes, partner: str | None) -> Finding:
     """What is wrong with a tensor that does not fit."""
-    tensor, slot, axis = member
-    try:
-        parts = parts_of(tensor, slot, axis, sizes)
-    except ValueError as error:
-        return Finding(str(error), tensor=tensor.name)
+    tensor, slot, axis, parts = member
     cut, layout = tensor.layout.cut_axes, tensor.layout
     if cut and cut != (axis,):
         shown = " and ".join(map(str, cut))
