@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import math
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -120,7 +119,7 @@ def test_defaults_are_those_of_the_config_class(model_type: str) -> None:
 
 
 def eight_heads(model_type: str) -> dict[str, Any]:
-    """Eight heads of ten, or of nine where hidden is heads x head size and ten would make no number new."""
+    """Eight heads of ten; of nine in encoders."""
     match model_type:
         case "gpt2":
             return {"n_embd": 72, "n_head": 8}
@@ -338,6 +337,14 @@ def test_a_tied_head_is_dealt_as_the_embedding() -> None:
         assert said(both) == []
 
 
+def test_a_tied_head_with_as_many_rows_of_other_words() -> None:
+    padded = along(0, [0, 512, 1003], own=512)
+    tied = changed(with_config(shards_of("llama"), tie_word_embeddings=True), "embed_tokens", padded)
+    found = said(changed(tied, "lm_head", lambda layout: reverse(padded(layout))))
+    told = "dealt otherwise: 491 words in 512 rows from word 512, there 512 in 512 from 0"
+    assert found[-1] == f"lm_head.weight, rank 0: is tied to model.embed_tokens.weight but {told}"
+
+
 def test_tied_by_default_counts_too() -> None:
     shards = shards_of("gemma", tie_word_embeddings=False)
     apart = changed(shards, "lm_head", whole)
@@ -419,6 +426,5 @@ def test_what_is_not_known_is_not_passed(fields: dict[str, Any], reason: str) ->
 
 
 def test_head_size_where_config_is_silent() -> None:
-    """Six heads in a hidden size of 44: the axis has room for ten each."""
+    """Six heads do not divide a hidden size of 44: a head is what the axis has room for."""
     assert said(with_config(shards_of("qwen2"), head_dim=None)) == []
-    assert math.gcd(44, 6) == 2
