@@ -20,7 +20,8 @@ FLOORS: list[tuple[str, ...]] = [
     ("policy", "policy_parsing", "library", "policy_schema", "assignment", "checkpoint"),
     ("policy_check", "quantised", "plan", "slabs"),
     ("staging", "sources", "outputs", "execute", "convert", "summary", "demo"),
-    ("verify.report", "verify.families", "verify.layout", "verify.files", "verify.weights"),
+    ("verify.report", "verify.families", "verify.axes", "verify.differences", "verify.ties", "verify.layout"),
+    ("verify.files", "verify.weights"),
     ("verify.values", "verify.blocks", "verify.block_tensor", "verify.block_operations", "verify.generic"),
     ("verify.inputs", "verify.models", "verify.placement", "verify.gradients"),
     ("verify.lockstep", "verify.recurrent", "verify.seams", "verify.sections", "verify.execution"),
@@ -35,8 +36,8 @@ FLOORS: list[tuple[str, ...]] = [
 ]
 ORDER = {module: place for place, module in enumerate(module for floor in FLOORS for module in floor)}
 WITH_TORCH = {name for name in ORDER if name.startswith("verify.")} - {
-    "verify.report", "verify.families", "verify.layout", "verify.files", "verify.weights",
-    "verify.run", "verify.__init__",
+    "verify.report", "verify.families", "verify.axes", "verify.differences", "verify.ties", "verify.layout",
+    "verify.files", "verify.weights", "verify.run", "verify.__init__",
 }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from torch import nn
 
 from tpshard.verify.execution import Subject
-from tpshard.verify.families import heads_of
+from tpshard.verify.families import sizes_of
 from tpshard.verify.generic import Index, Rearrangement
 from tpshard.verify.values import Weights, added_once, layer_of, owned_index
 
@@ -71,9 +71,9 @@ class _Planter:
 
     def head_swaps(self) -> Iterator[Plant]:
         """The first rank's first head and the last rank's last."""
-        heads = heads_of(self.weights.config)
+        sizes = sizes_of(self.weights.config)
         for name, axis in self._cut("column"):
-            unit = (heads.size if heads else None) or self._unit(name, axis)
+            unit = (sizes.head if sizes else None) or self._unit(name, axis)
             if ATTENTION.search(name) and self._last(name) % unit == 0:
                 yield from self._exchange(name, axis, unit)
 

@@ -58,7 +58,7 @@ class Way:
     loss: Callable[[Any], torch.Tensor] | None = None
     isolate: bool = False
     sound: bool = False
-    stop_above: float = float("inf")
+    stop_above: float | None = None
     doubled: frozenset[str] = frozenset()
     seed: int = 0
 

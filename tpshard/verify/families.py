@@ -13,25 +13,38 @@ from typing import Any, Literal
 
 from tpshard.layout import Shape
 
-Meaning = Literal["query", "key_value", "qkv", "channel", "gate_up", "word"]
+Meaning = Literal["query", "key_value", "qkv", "kv", "channel", "gate_up", "word", "head_cell"]
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
     """A kind of layer: what its cut axis counts, and which axis that is in the weight (in a bias it is axis 0, or
-    there is none: ``consumer`` layers add their bias once)."""
+    there is none: ``consumer`` layers add their bias once).
+
+    ``row_per_head``: the axis has one row for a head, not one for each cell of it. ``all_of``: the layer works on all
+    heads together, so it is whole, and so must be the output of the layer named. ``cross``: the heads are those of
+    cross-attention, a block of its own beside the layer's self-attention.
+    """
 
     meaning: Meaning
     axis: int
     consumer: bool = False
+    row_per_head: bool = False
+    all_of: str = ""
+    cross: bool = False
 
     def axis_of(self, shape: Shape) -> int | None:
         if len(shape) >= 2:
             return self.axis
         return None if self.consumer or not shape else 0
 
+    @property
+    def must_be_whole(self) -> bool:
+        return bool(self.all_of) or self.meaning == "head_cell"
+
 
 _OUT, _IN = 0, 1
+_INSIDE_A_HEAD = Slot("head_cell", 0)  # [head size], the same for all heads
 
 _LLAMA = {
     "embed_tokens": Slot("word", 0, consumer=True),
@@ -43,19 +56,35 @@ _LLAMA = {
     "up_proj": Slot("channel", _OUT),
     "down_proj": Slot("channel", _IN, consumer=True),
     "lm_head": Slot("word", 0),
+    **dict.fromkeys(("q_norm", "k_norm", "query_layernorm", "key_layernorm"), _INSIDE_A_HEAD),
+}
+_COHERE = {  # one module over [heads, head size]: the weight has a row for each head
+    **_LLAMA,
+    "q_norm": Slot("query", 0, row_per_head=True),
+    "k_norm": Slot("key_value", 0, row_per_head=True),
+}
+_OLMO2 = {  # q_norm(q_proj(x)), before the heads are told apart: the root mean square is over all of them
+    **_LLAMA,
+    "q_norm": Slot("query", 0, all_of="q_proj"),
+    "k_norm": Slot("key_value", 0, all_of="k_proj"),
 }
 _PHI = {
     **_LLAMA,
     "self_attn.dense": Slot("query", _IN, consumer=True),
     "fc1": Slot("channel", _OUT),
     "fc2": Slot("channel", _IN, consumer=True),
+    **dict.fromkeys(("q_layernorm", "k_layernorm"), _INSIDE_A_HEAD),
 }
 _STARCODER2 = {**_LLAMA, "mlp.c_fc": Slot("channel", _OUT), "mlp.c_proj": Slot("channel", _IN, consumer=True)}
-_PHI3 = {**_LLAMA, "qkv_proj": Slot("qkv", _OUT), "gate_up_proj": Slot("gate_up", _OUT)}
+_GLM = {**_LLAMA, "gate_up_proj": Slot("gate_up", _OUT)}
+_PHI3 = {**_GLM, "qkv_proj": Slot("qkv", _OUT)}
 _GPT2 = {  # Conv1D: [in, out]
     "wte": Slot("word", 0, consumer=True),
     "attn.c_attn": Slot("qkv", 1),
     "attn.c_proj": Slot("query", 0, consumer=True),
+    "crossattention.q_attn": Slot("query", 1, cross=True),
+    "crossattention.c_attn": Slot("kv", 1, cross=True),
+    "crossattention.c_proj": Slot("query", 0, consumer=True, cross=True),
     "mlp.c_fc": Slot("channel", 1),
     "mlp.c_proj": Slot("channel", 0, consumer=True),
     "lm_head": Slot("word", 0),
@@ -66,6 +95,10 @@ _BERT = {
     "self.key": Slot("key_value", _OUT),
     "self.value": Slot("key_value", _OUT),
     "attention.output.dense": Slot("query", _IN, consumer=True),
+    "crossattention.self.query": Slot("query", _OUT, cross=True),
+    "crossattention.self.key": Slot("key_value", _OUT, cross=True),
+    "crossattention.self.value": Slot("key_value", _OUT, cross=True),
+    "crossattention.output.dense": Slot("query", _IN, consumer=True, cross=True),
     "intermediate.dense": Slot("channel", _OUT),
     "output.dense": Slot("channel", _IN, consumer=True),
     "predictions.decoder": Slot("word", 0),
@@ -97,38 +130,71 @@ _ALBERT = {
 }
 
 FAMILIES: Mapping[str, Mapping[str, Slot]] = {
-    **dict.fromkeys(
-        ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "stablelm"), _LLAMA
-    ),
-    **dict.fromkeys(("ministral", "smollm3", "olmo", "seed_oss", "helium"), _LLAMA),
+    **dict.fromkeys(("llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "cwm", "seed_oss"), _LLAMA),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "vaultgemma", "granite", "helium", "stablelm"), _LLAMA),
+    **dict.fromkeys(("smollm3", "olmo", "ernie4_5", "exaone4", "hunyuan_v1_dense"), _LLAMA),
+    **dict.fromkeys(("arcee", "jais2", "nemotron"), _LLAMA),  # without gate_proj
+    **dict.fromkeys(("cohere", "cohere2"), _COHERE),
+    **dict.fromkeys(("olmo2", "olmo3"), _OLMO2),
+    **dict.fromkeys(("glm", "glm4"), _GLM),
     "phi": _PHI,
     "phi3": _PHI3,
     "starcoder2": _STARCODER2,
     "gpt2": _GPT2,
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "electra"), _BERT),
+    **dict.fromkeys(("data2vec-text", "ernie", "roberta-prelayernorm"), _BERT),
     "distilbert": _DISTILBERT,
     "albert": _ALBERT,
 }
 
+# What the architecture's config class says where config.json is silent.
+TIED_BY_DEFAULT: frozenset[str] = frozenset(
+    {
+        "albert", "bert", "camembert", "cohere", "cohere2", "data2vec-text", "distilbert", "electra", "ernie",
+        "ernie4_5", "gemma", "gemma2", "gemma3_text", "gpt2", "roberta", "roberta-prelayernorm", "smollm3",
+        "starcoder2", "vaultgemma", "xlm-roberta", "xlm-roberta-xl",
+    }
+)  # fmt: skip
+_HEAD_SIZE_BY_DEFAULT: Mapping[str, int] = {  # elsewhere hidden size / heads
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "vaultgemma"), 256),
+    **dict.fromkeys(("cwm", "ernie4_5", "glm", "glm4", "helium", "ministral3", "qwen3", "seed_oss"), 128),
+}
+
 
 @dataclass(frozen=True, slots=True)
-class Heads:
-    """Head counts and the size of one, from config.json. ``size`` is None where the config leaves it to shapes."""
+class Sizes:
+    """Counts of heads, channels and words, and the cells of one head, from config.json. None: it does not say."""
 
     query: int
     key_value: int
-    size: int | None
+    head: int | None = None
+    channels: int | None = None
+    words: int | None = None
+
+    def of(self, unit: str) -> int | None:
+        return self.channels if unit == "channel" else self.words
 
 
-def heads_of(config: Mapping[str, Any]) -> Heads | None:
-    """The attention heads that a config tells of, by the names in use; None where it tells nothing sound."""
+def sizes_of(config: Mapping[str, Any]) -> Sizes | None:
+    """What a config tells of its model's sizes, by the names in use; None where it tells of no heads."""
     query = _first(config, "num_attention_heads", "n_head", "n_heads")
     if query is None:
         return None
-    key_value = _first(config, "num_key_value_heads", "num_kv_heads") or query
     width = _first(config, "hidden_size", "n_embd", "dim", "d_model")
-    size = _first(config, "head_dim") or (width // query if width and width % query == 0 else None)
-    return Heads(query, key_value, size) if query % key_value == 0 else None
+    by_default = _HEAD_SIZE_BY_DEFAULT.get(str(config.get("model_type")))
+    return Sizes(
+        query=query,
+        key_value=_first(config, "num_key_value_heads", "num_kv_heads") or query,
+        head=_first(config, "head_dim") or by_default or (width // query if width and width % query == 0 else None),
+        channels=_first(config, "intermediate_size", "n_inner", "hidden_dim"),
+        words=_first(config, "vocab_size"),
+    )
+
+
+def are_tied(config: Mapping[str, Any]) -> bool:
+    """Whether the output head is the embedding, by config.json or else by the architecture's own default."""
+    said = config.get("tie_word_embeddings")
+    return said if isinstance(said, bool) else config.get("model_type") in TIED_BY_DEFAULT
 
 
 def slot_of(family: Mapping[str, Slot], tensor: str) -> Slot | None:

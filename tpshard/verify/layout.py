@@ -9,28 +9,37 @@ too, and so is a gathered output whose runs follow the ranks. What is not cut mu
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tpshard.checkpoint import Checkpoint, Stored
-from tpshard.verify.families import FAMILIES, Heads, Slot, heads_of, slot_of
+from tpshard.verify.axes import Index, Part, held, parts_of
+from tpshard.verify.differences import describe_difference
+from tpshard.verify.families import FAMILIES, Sizes, Slot, sizes_of, slot_of
 from tpshard.verify.report import CheckResult, Finding
+from tpshard.verify.ties import check_ties
 
-Index = NDArray[np.int64]
-Part = tuple[str, int, int]  # what the cells are called, how many units there are, cells of one unit
-_OF_ATTENTION = frozenset({"query", "key_value", "qkv"})
+_OF_ATTENTION = frozenset({"query", "key_value", "qkv", "kv"})
+
+
+class Member(NamedTuple):
+    """A tensor that may be cut: along which axis, what that counts, and what it is made of."""
+
+    tensor: Stored
+    slot: Slot
+    axis: int
+    parts: list[Part]
 
 
 @dataclass(frozen=True, slots=True)
 class Dealing:
-    """A way in which a block may be dealt: a rank's query heads; channels in whole units of so many; words in equal,
-    padded runs of ``padded`` (0: balanced)."""
+    """A way in which a block may be dealt: a rank's query heads; channels in whole units of so many; words and
+    channels in equal, padded runs of ``padded`` (0: balanced)."""
 
     query_heads: Callable[[int], Index]
     channels: int = 1
@@ -40,94 +49,152 @@ class Dealing:
 def check_layout(shards: Checkpoint) -> CheckResult:
     """Compare every tensor's recorded layout with the one that config.json asks for."""
     model_type = str(shards.config.get("model_type", ""))
-    family, heads = FAMILIES.get(model_type), heads_of(shards.config)
-    if family is None or heads is None:
+    family, sizes = FAMILIES.get(model_type), sizes_of(shards.config)
+    if family is None:
         what = f"of model_type '{model_type}'" if model_type else "without config.json"
         return CheckResult("layout", unproven=f"nothing is known apart from the policy about a model {what}")
-    blocks: dict[str, list[tuple[Stored, Slot, int]]] = {}
+    if sizes is None:
+        return CheckResult("layout", unproven="config.json says nothing of attention heads")
+    covered = {"tensors": len(shards.tensors), "ranks": shards.ranks}
+    if sizes.query % sizes.key_value:
+        what = f"{sizes.query} query heads cannot share {sizes.key_value} key-value heads"
+        return CheckResult("layout", (Finding(what, file="config.json"),), covered)
+    blocks: dict[str, list[Member]] = {}
     findings: list[Finding] = []
     for tensor in shards.tensors.values():
         slot = slot_of(family, tensor.name)
         axis = slot.axis_of(tensor.shape) if slot else None
         if slot is None or axis is None:
             findings += _must_be_whole(tensor)
-        elif slot.meaning != "word" or not (tensor.layout.is_replicated or _joined_in_order(tensor)):
-            blocks.setdefault(_block(tensor, slot), []).append((tensor, slot, axis))
+            continue
+        try:
+            member = Member(tensor, slot, axis, parts_of(tensor, slot, axis, sizes))
+        except ValueError as error:
+            findings.append(Finding(str(error), tensor=tensor.name))
+            continue
+        if slot.must_be_whole:
+            findings += _must_be_whole(tensor) or _check_norm(member, shards.tensors)
+        else:
+            blocks.setdefault(_block(tensor, slot), []).append(member)
     for block in blocks.values():
-        findings += _check_block(block, heads, shards.ranks)
-    covered = {"tensors": len(shards.tensors), "ranks": shards.ranks}
+        findings += _check_block(block, sizes, shards.ranks)
+    findings += check_ties(shards, family)
     return CheckResult("layout", tuple(findings), covered, notes=(f"{len(blocks)} blocks are cut or could be",))
 
 
 def _block(tensor: Stored, slot: Slot) -> str:
-    """Tensors that must be dealt alike: one layer's attention or feed-forward, or all that counts words."""
+    """Tensors that must be dealt alike: one layer's attention, cross-attention or feed-forward; the embedding; all of
+    the output head."""
     if slot.meaning == "word":
-        return "padded words" if tensor.layout.padding else "words"
+        return "embedding" if slot.consumer else "output head"
     numbered = re.match(r"(.*\.\d+)\.", tensor.name)
-    kind = "attention" if slot.meaning in _OF_ATTENTION else "feed-forward"
+    of_heads = "cross-attention" if slot.cross else "attention"
+    kind = of_heads if slot.meaning in _OF_ATTENTION else "feed-forward"
     return f"{numbered[1] if numbered else ''}:{kind}"
 
 
+# ---------------------------------------------------------------------------------------------- whole
+
+
 def _must_be_whole(tensor: Stored) -> list[Finding]:
-    if tensor.layout.is_replicated or _joined_in_order(tensor):
+    if _whole_or_joined(tensor):
         return []
     axes = " and ".join(map(str, tensor.layout.cut_axes)) or "padding"
     return [Finding(f"is cut along axis {axes}, must be whole on every rank", tensor=tensor.name)]
 
 
-def _joined_in_order(tensor: Stored) -> bool:
-    """Whether the layer's output is gathered along another axis than its words, in the order of the ranks."""
+def _whole_or_joined(tensor: Stored) -> bool:
+    """Whether every rank has it all, or the layer's output is gathered in the order of the ranks: no later layer can
+    then tell that it was cut."""
+    if tensor.layout.is_replicated:
+        return True
     cut = tensor.layout.cut_axes
     if tensor.role.gather != "output" or len(cut) != 1 or tensor.layout.padding:
         return False
-    held = np.concatenate([_held(tensor, cut[0], rank) for rank in range(tensor.layout.ranks)])
-    balanced_sizes = {len(_held(tensor, cut[0], rank)) for rank in range(tensor.layout.ranks)}
-    return np.array_equal(held, np.arange(tensor.shape[cut[0]])) and max(balanced_sizes) - min(balanced_sizes) <= 1
+    runs = [held(tensor, cut[0], rank) for rank in range(tensor.layout.ranks)]
+    lengths = [len(run) for run in runs]
+    return np.array_equal(np.concatenate(runs), np.arange(tensor.shape[cut[0]])) and max(lengths) - min(lengths) <= 1
 
 
-def _held(tensor: Stored, axis: int, rank: int) -> Index:
-    """The indices along an axis that the manifest gives a rank, in the order of the rank's own tensor."""
-    shard = tensor.layout.shards[rank]
-    runs = [np.arange(*run) for run in shard.spans[axis]] if shard else []
-    return np.concatenate([np.arange(0), *runs])
-
-
-def _check_block(block: list[tuple[Stored, Slot, int]], heads: Heads, ranks: int) -> list[Finding]:
-    """No finding where all are whole, or all follow one way of dealing; else those of the way that fits best."""
-    if all(tensor.layout.is_replicated for tensor, _, _ in block):
+def _check_norm(member: Member, tensors: Mapping[str, Stored]) -> list[Finding]:
+    """A norm over all heads works on no rank's own heads alone: the layer before it must be whole or gathered."""
+    tensor, slot, _, (part, *_) = member
+    module = tensor.name.rpartition(".")[0].rpartition(".")[0]
+    producer = tensors.get(f"{module}.{slot.all_of}.weight")
+    if not producer or producer.layout.is_replicated:
         return []
-    found = [
-        [finding for tensor, slot, axis in block if (finding := _check_tensor(tensor, slot, axis, heads, way))]
-        for way in _ways(block, heads, ranks)
-    ]
-    return min(found, key=len)
+    if producer.role.gather == "output" or tensor.role.gather == "input":
+        return []
+    rank, own = min(
+        enumerate(len(held(producer, 0, rank)) for rank in range(producer.layout.ranks)), key=lambda x: x[1]
+    )
+    what = f"is over all {part.units} heads, the rank has {own // part.width}: {slot.all_of} must be gathered before it"
+    return [Finding(what, tensor=tensor.name, rank=rank)]
 
 
-def _ways(block: list[tuple[Stored, Slot, int]], heads: Heads, ranks: int) -> list[Dealing]:
-    by_head = Dealing(lambda rank: balanced(heads.query, ranks, rank), _channel_unit(block), _padded_run(block))
-    if block[0][1].meaning in _OF_ATTENTION and heads.query % ranks:
-        return [by_head, Dealing(lambda rank: _heads_by_group(heads, ranks, rank))]
-    return [by_head]
+# ---------------------------------------------------------------------------------------------- dealt
 
 
-def _channel_unit(block: list[tuple[Stored, Slot, int]]) -> int:
+def _check_block(block: list[Member], sizes: Sizes, ranks: int) -> list[Finding]:
+    """No finding where no later layer can tell that something was cut, or all follow one way of dealing; else those
+    of the way that fits best."""
+    if all(member.tensor.layout.is_replicated for member in block):
+        return []
+    if all(_whole_or_joined(member.tensor) for member in block) and _layers_agree(block):
+        return []
+    ways = _ways(block, sizes, ranks)
+    wrong = [[member for member in block if not _fits(member, way, sizes)] for way in ways]
+    way, bad = min(zip(ways, wrong, strict=True), key=lambda pair: len(pair[1]))
+    right = [m for m in block if m not in bad and not m.tensor.layout.is_replicated]
+    return [_finding(member, way, sizes, _partner(member, right)) for member in bad]
+
+
+def _partner(member: Member, right: list[Member]) -> str | None:
+    """A layer of the block that is dealt as it should be, of the same heads if there is one; its path in the block."""
+    producers = [other for other in right if not other.slot.consumer]
+    alike = [other for other in producers if other.slot.meaning == member.slot.meaning] or producers or right
+    return re.sub(r"^.*\.\d+\.", "", alike[0].tensor.name).rpartition(".")[0] if alike else None
+
+
+def _layers_agree(block: list[Member]) -> bool:
+    """Whether each layer's bias is dealt as its weight."""
+    seen: dict[str, list[list[int]]] = {}
+    for tensor, _, axis, _ in block:
+        own = [held(tensor, axis, rank).tolist() for rank in range(tensor.layout.ranks)]
+        if seen.setdefault(tensor.name.rpartition(".")[0], own) != own:
+            return False
+    return True
+
+
+def _ways(block: list[Member], sizes: Sizes, ranks: int) -> list[Dealing]:
+    def by_head(rank: int) -> Index:
+        return balanced(sizes.query, ranks, rank)
+
+    ways = [Dealing(by_head, _channel_unit(block))]
+    ways += [Dealing(by_head, padded=length) for length in sorted(_padded_lengths(block))]
+    if block[0].slot.meaning in _OF_ATTENTION and sizes.query % ranks:
+        ways.append(Dealing(lambda rank: _heads_by_group(sizes, ranks, rank)))
+    return ways
+
+
+def _channel_unit(block: list[Member]) -> int:
     """Feed-forward channels may be dealt in units (quantisation blocks): the largest that all edges allow."""
-    edges = [
+    edges = {
         edge
-        for tensor, _, axis in block
+        for tensor, _, axis, _ in block
         for shard in tensor.layout.shards
         if shard
         for run in shard.spans[axis]
         for edge in run
-    ]
-    return math.gcd(*edges) or 1
+    }
+    ends = (m.tensor.shape[m.axis] // (2 if m.slot.meaning == "gate_up" else 1) for m in block)
+    return math.gcd(*edges, *ends) or 1
 
 
-def _padded_run(block: list[tuple[Stored, Slot, int]]) -> int:
-    """The length of each rank's own axis where the block is padded to equal lengths; else 0."""
-    sizes = {shard.shape[axis] for tensor, _, axis in block for shard in tensor.layout.shards if shard}
-    padded = any(tensor.layout.padding for tensor, _, _ in block)
-    return sizes.pop() if padded and len(sizes) == 1 else 0
+def _padded_lengths(block: list[Member]) -> set[int]:
+    """The lengths of ranks' own axes in tensors that are padded."""
+    padded = [member for member in block if member.tensor.layout.padding]
+    return {shard.shape[axis] for tensor, _, axis, _ in padded for shard in tensor.layout.shards if shard}
 
 
 def balanced(count: int, ranks: int, rank: int) -> Index:
@@ -139,60 +206,34 @@ def balanced(count: int, ranks: int, rank: int) -> Index:
     return np.asarray(np.array_split(np.arange(count, dtype=np.int64), ranks)[rank])
 
 
-def _heads_by_group(heads: Heads, ranks: int, rank: int) -> Index:
+def _heads_by_group(sizes: Sizes, ranks: int, rank: int) -> Index:
     """Query heads where whole groups (a key-value head and its query heads) are dealt."""
-    per_group = heads.query // heads.key_value
-    groups = balanced(heads.key_value, ranks, rank)
+    per_group = sizes.query // sizes.key_value
+    groups = balanced(sizes.key_value, ranks, rank)
     return np.concatenate([groups[:0], *(np.arange(g * per_group, (g + 1) * per_group) for g in groups)])
 
 
-def _check_tensor(tensor: Stored, slot: Slot, axis: int, heads: Heads, way: Dealing) -> Finding | None:
-    cut = tensor.layout.cut_axes
-    if cut and cut != (axis,):
-        shown = " and ".join(map(str, cut))
-        return Finding(f"is cut along axis {shown}, config.json asks for axis {axis}", tensor=tensor.name)
-    try:
-        parts = _parts(tensor, slot, axis, heads)
-    except ValueError as error:
-        return Finding(str(error), tensor=tensor.name)
-    for rank in range(tensor.layout.ranks):
-        have = _held(tensor, axis, rank)
-        want = _wanted(parts, slot, heads, way, rank, tensor.layout.ranks)
-        if not np.array_equal(have, want):
-            if tensor.layout.is_replicated:
-                return Finding(
-                    f"is whole on every rank, but its block is cut: along axis {axis} here", tensor=tensor.name
-                )
-            return _mismatch(tensor, parts, rank, have, want)
-    return None
+def _fits(member: Member, way: Dealing, sizes: Sizes) -> bool:
+    tensor, slot, axis, parts = member
+    for rank, shard in enumerate(tensor.layout.shards):
+        want = _wanted(parts, slot, sizes, way, rank, tensor.layout.ranks)
+        own = (*tensor.shape[:axis], _own_length(slot, way, want), *tensor.shape[axis + 1 :])
+        if tensor.layout.cut_axes not in ((), (axis,)) or not np.array_equal(held(tensor, axis, rank), want):
+            return False
+        if (shard.shape if shard else ()) != own:
+            return False
+    return True
 
 
-def _parts(tensor: Stored, slot: Slot, axis: int, heads: Heads) -> list[Part]:
-    """The blocks that make up the axis. Raises ValueError where they do not."""
-    size = tensor.shape[axis]
-    match slot.meaning:
-        case "channel" | "word":
-            return [(slot.meaning, size, 1)]
-        case "gate_up":
-            return [("gate channel", size // 2, 1), ("up channel", size - size // 2, 1)]
-        case "query":
-            counts = [("query head", heads.query)]
-        case "key_value":
-            counts = [("key-value head", heads.key_value)]
-        case "qkv":
-            counts = [("query head", heads.query), ("key head", heads.key_value), ("value head", heads.key_value)]
-    total = sum(count for _, count in counts)
-    width = heads.size or size // total
-    if width * total != size:
-        raise ValueError(f"axis {axis} has {size} cells, config.json says {total} heads of {width}")
-    return [(label, count, width) for label, count in counts]
+def _own_length(slot: Slot, way: Dealing, want: Index) -> int:
+    return way.padded if way.padded and slot.meaning in ("word", "channel") else len(want)
 
 
-def _wanted(parts: list[Part], slot: Slot, heads: Heads, way: Dealing, rank: int, ranks: int) -> Index:
+def _wanted(parts: list[Part], slot: Slot, sizes: Sizes, way: Dealing, rank: int, ranks: int) -> Index:
     """The indices that a rank should hold, in order."""
     cells, base = [], 0
     for label, count, width in parts:
-        if slot.meaning == "word" and way.padded:
+        if way.padded and slot.meaning in ("word", "channel"):
             units = np.arange(min(rank * way.padded, count), min((rank + 1) * way.padded, count))
         elif slot.meaning == "word":
             units = balanced(count, ranks, rank)
@@ -202,28 +243,28 @@ def _wanted(parts: list[Part], slot: Slot, heads: Heads, way: Dealing, rank: int
         elif label == "query head":
             units = way.query_heads(rank)
         else:  # those that the rank's query heads use
-            units = np.unique(way.query_heads(rank) // (heads.query // heads.key_value))
+            units = np.unique(way.query_heads(rank) // (sizes.query // sizes.key_value))
         cells.append(base + (units[:, None] * width + np.arange(width)).reshape(-1))
         base += count * width
     return np.concatenate(cells)
 
 
-def _mismatch(tensor: Stored, parts: list[Part], rank: int, have: Index, want: Index) -> Finding:
-    """The first cell that differs, in words."""
-    for place, (a, b) in enumerate(itertools.zip_longest(have.tolist(), want.tolist())):
-        if a != b:
-            is_, should = _describe(parts, a), _describe(parts, b)
-            what = f"cell {place} of the rank's cut axis is {is_}, config.json asks for {should}"
-            return Finding(what, tensor=tensor.name, rank=rank)
-    raise AssertionError("the two do not differ")
-
-
-def _describe(parts: list[Part], index: int | None) -> str:
-    if index is None:
-        return "nothing more"
-    for label, count, width in parts:
-        if index < count * width:
-            unit = f"{label} {index // width}"
-            return unit if width == 1 else f"{unit} (cell {index % width} of {width})"
-        index -= count * width
-    raise AssertionError("beyond the axis")
+def _finding(member: Member, way: Dealing, sizes: Sizes, partner: str | None) -> Finding:
+    """What is wrong with a tensor that does not fit."""
+    tensor, slot, axis, parts = member
+    cut, layout = tensor.layout.cut_axes, tensor.layout
+    if cut and cut != (axis,):
+        shown = " and ".join(map(str, cut))
+        return Finding(f"is cut along axis {shown}, config.json asks for axis {axis}", tensor=tensor.name)
+    want = [_wanted(parts, slot, sizes, way, rank, layout.ranks) for rank in range(layout.ranks)]
+    if layout.is_replicated:
+        heads = f": it has {parts[0].units} heads, rank 0 has {len(want[0])}"
+        where = heads if slot.row_per_head else f": along axis {axis} here"
+        return Finding(f"is whole on every rank, but its block is cut{where}", tensor=tensor.name)
+    have = [held(tensor, axis, rank) for rank in range(layout.ranks)]
+    if all(map(np.array_equal, have, want)):
+        own = [list(shard.shape) if shard else None for shard in layout.shards]
+        lengths = [_own_length(slot, way, cells) for cells in want]
+        what = f"the ranks' own tensors are {own}, along axis {axis} they must be {lengths} long"
+        return Finding(what, tensor=tensor.name)
+    return describe_difference(tensor, axis, parts, have, want, partner)
