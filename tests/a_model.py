@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -48,6 +49,15 @@ class NetThatTakesAnotherWay(NetThatUsesAll):
         return super().forward(tokens)
 
 
+class NetThatDies(NetThatUsesAll):
+    """The second of several processes dies without a word, once it has weights."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        if os.environ.get("RANK") == "1" and bool((self.up.weight != 0).any()):
+            os._exit(9)
+        return super().forward(tokens)
+
+
 TOKENS = torch.arange(0, 100, 2).reshape(2, 25)
 
 
@@ -73,3 +83,7 @@ def build_another(config: dict[str, Any]) -> tuple[nn.Module, tuple[torch.Tensor
 
 def build_nothing(config: dict[str, Any]) -> None:
     return None
+
+
+def build_dying(config: dict[str, Any]) -> tuple[nn.Module, Any]:
+    return NetThatDies(), {"tokens": TOKENS}

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "tpshard"
 # From the ground up: a module imports from floors below it, or from those before it on its own floor.
 FLOORS: list[tuple[str, ...]] = [
     ("__init__", "errors"),
-    ("layout", "expressions", "patterns", "document", "digest", "roles"),
+    ("layout", "expressions", "patterns", "document", "digest", "roles", "launch"),
     ("header", "partition", "folder", "manifest", "manifest_parsing"),
     ("policy", "policy_parsing", "library", "policy_schema", "assignment", "checkpoint"),
     ("policy_check", "quantised", "plan", "slabs"),
@@ -27,7 +27,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("verify.lockstep", "verify.recurrent", "verify.seams", "verify.sections", "verify.execution"),
     ("verify.preparation", "verify.native", "verify.loss", "verify.forward"),
     ("verify.canaries", "verify.sensitivity", "verify.layers"),
-    ("verify.model_checks", "verify.run", "verify.__init__"),
+    ("verify.model_checks", "verify.processes", "verify.run", "verify.together", "verify.__init__"),
     ("api",),
     ("cli.__init__", "cli.options", "cli.render", "cli.carry_out"),
     ("cli.report_text", "cli.junit", "cli.markdown", "cli.report_files"),

@@ -305,7 +305,7 @@ def test_difference_is_never_fooled() -> None:
 
 
 def test_lockstep_gives_everybody_everything_in_turn() -> None:
-    lock = Lockstep(3)
+    lock = Lockstep(range(3))
     order: list[int] = []
 
     def body(me: int) -> list[Any]:
@@ -321,7 +321,7 @@ def test_lockstep_gives_everybody_everything_in_turn() -> None:
 
 
 def test_lockstep_ends_when_one_run_takes_another_way() -> None:
-    lock = Lockstep(3)
+    lock = Lockstep(range(3))
 
     def body(me: int) -> None:
         lock.exchange(me, "first", me)

@@ -7,7 +7,7 @@ only.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,10 +135,10 @@ def _wrong_total(found: WeightFiles, tensors: Mapping[str, Stored]) -> list[str]
 def open_shards(folder: Path) -> Checkpoint:
     """A folder that tpshard wrote. Its files must hold exactly what the manifest says."""
     opening = Opening(folder, read_manifest(folder))
-    for record in opening.manifest.files:
+    for record in opening.records:
         opening.add_file(record)
     for tensor in opening.manifest.tensors:
-        for rank in range(opening.manifest.ranks):
+        for rank in opening.only:
             opening.add_tensor(tensor, rank)
     for index in range(len(opening.files)):
         opening.nothing_extra(index)
@@ -148,11 +148,14 @@ def open_shards(folder: Path) -> Checkpoint:
 class Opening:
     """A shard folder being opened step by step; each step raises InputError for what it finds.
 
-    Opening for use stops at the first error; verify goes on and collects them.
+    Opening for use stops at the first error; verify goes on and collects them. ``only``: the ranks whose files are
+    opened, where another process sees to the others.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, only: Collection[int] | None = None) -> None:
         self.folder, self.manifest = folder, manifest
+        self.only = range(manifest.ranks) if only is None else only
+        self.records = [record for record in manifest.files if record.rank in self.only]
         self.files: list[WeightFile] = []
         self._headers: list[Header] = []
         self._where: dict[tuple[int, int], int] = {}
@@ -180,10 +183,9 @@ class Opening:
 
     def add_tensor(self, record: TensorRecord, rank: int) -> None:
         """Find one rank's own tensor; its file must have been added."""
+        places = self._places.setdefault(record.name, [None] * self.manifest.ranks)
         index, shard = self._where[rank, record.part], record.layout.shards[rank]
-        places = self._places.setdefault(record.name, [])
         if shard is None:
-            places.append(None)
             return
         entry = self._headers[index].entries.get(record.name)
         path = self.files[index].path
@@ -195,7 +197,7 @@ class Opening:
                 f"{path}: {printable(record.name)}: {entry.dtype} {list(entry.shape)} in the file, "
                 f"{record.dtype} {list(shard.shape)} in the manifest (rank {rank})"
             )
-        places.append(Place(index, entry.offset))
+        places[rank] = Place(index, entry.offset)
 
     def nothing_extra(self, index: int) -> None:
         """Raises InputError where a file holds a tensor that the manifest does not place there."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -10,6 +11,8 @@ import click
 from tpshard.cli import options, render
 from tpshard.cli.report_files import append_summary, junit_file
 from tpshard.cli.report_text import report_text
+from tpshard.errors import StorageError, TpshardError
+from tpshard.launch import launched
 from tpshard.verify.run import LEVELS, Level, Request
 from tpshard.verify.run import verify as run_checks
 
@@ -23,6 +26,13 @@ FORMAT, VERSION = "tpshard-verify", 1  # of --json: docs/verify.schema.json
 @click.option("--model", "factory", metavar="PKG.MOD:FUNC", help="Makes the model, where transformers cannot.")
 @click.option("--isolate", is_flag=True, help="List every faulty layer: ranks go on from the right numbers.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="Where the model runs.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=1),
+    default=600.0,
+    metavar="SECONDS",
+    help="How long several processes wait for one another.",
+)
 @click.option("--junit", type=options.FILE, metavar="FILE", help="Write the report as JUnit XML, too.")
 @options.apply(options.workers, options.as_json, options.quiet)
 def verify(
@@ -32,6 +42,7 @@ def verify(
     factory: str | None,
     isolate: bool,
     device: str,
+    timeout: float,
     junit: Path | None,
     workers: int | None,
     as_json: bool,
@@ -49,11 +60,18 @@ def verify(
     tpshard verify llama-8b-tp4 --isolate                # every faulty layer, not only the first
     tpshard verify llama-8b-tp4 --junit verify.xml       # what is not proven turns a build red
     tpshard verify shards --model my_package.models:build
+    torchrun --nproc-per-node 4 -m tpshard verify llama-8b-tp4 --against llama-8b    # a process for each rank
     """
     chosen = cast("Level | None", level)
+    launch = launched()
+    request = Request(
+        folder, against, chosen, factory, workers or 0, isolate=isolate, device=device, launch=launch, timeout=timeout
+    )
+    if launch is not None and launch.rank > 0:
+        return _silently(request)
     with junit_file(junit, folder) as write:
         with render.progress(0, "verify", quiet or as_json) as update:
-            report = run_checks(Request(folder, against, chosen, factory, workers or 0, update, isolate, device))
+            report = run_checks(replace(request, progress=update))
         write(report)
     render.warn(append_summary(folder, report), quiet=quiet)
     if as_json:
@@ -62,3 +80,13 @@ def verify(
     elif not quiet:
         render.say(report_text(folder, report))
     return report.verdict.exit_code
+
+
+def _silently(request: Request) -> int:
+    """Another process than the first: it only speaks where it has lost the others."""
+    try:
+        return run_checks(request).verdict.exit_code
+    except StorageError:
+        raise
+    except TpshardError as error:  # the first process has the same, and says it
+        return error.exit_code

@@ -15,7 +15,7 @@ from tpshard.verify.gradients import Comparison
 from tpshard.verify.lockstep import AllDouble, Lockstep, OutOfStepError, RunError
 from tpshard.verify.models import Model, copy_with, one_line
 from tpshard.verify.placement import REFERENCE, Layer, Parameters
-from tpshard.verify.seams import EnoughError, Hooks, Record
+from tpshard.verify.seams import EnoughError, Hooks, Record, together
 from tpshard.verify.sections import Gradient, RanksBackwardError, Sections, judged
 from tpshard.verify.values import Weights
 
@@ -24,7 +24,8 @@ from tpshard.verify.values import Weights
 class Subject:
     """What is run: a model without weights, its parameters' places, its layers, and what it is called with.
 
-    ``stubs``: what a block returned, for blocks whose result is like their input; the ``skipped`` ones are not run.
+    ``new_lock``: the lock step for so many ranks, in one process or several; ``stubs``: what a block returned, for
+    blocks whose result is like their input; the ``skipped`` ones are not run.
     """
 
     model: Model
@@ -34,6 +35,7 @@ class Subject:
     inputs: Mapping[str, Any]
     ranks: int
     device: torch.device
+    new_lock: Callable[[int], Lockstep]
     stubs: Mapping[str, Any] = field(default_factory=dict)
     skipped: frozenset[str] = frozenset()
 
@@ -46,6 +48,11 @@ class Outcome:
     gradients: list[Gradient] = field(default_factory=list)
     failure: RunError | None = None
     outputs: list[Any] = field(default_factory=list)
+
+    @property
+    def is_right(self) -> bool:
+        """Whether forward found nothing wrong."""
+        return self.failure is None and not any(seam.wrong for seam in self.record.seams)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +76,12 @@ def call(module: nn.Module, inputs: Mapping[str, Any]) -> Any:
     return module(*inputs.get("", ()), **keywords)
 
 
-def execute(subject: Subject, weights: Weights, way: Way, lock: Lockstep | None = None) -> Outcome:
+def execute(subject: Subject, weights: Weights, way: Way) -> Outcome:
     """Run the reference and every rank's copy side by side on the same inputs.
 
     Raises InconclusiveError where the reference itself does not run.
     """
-    lock = lock or Lockstep(subject.ranks + 1)
-    return _Execution(subject, weights, way, lock).outcome()
+    return _Execution(subject, weights, way, subject.new_lock(subject.ranks)).outcome()
 
 
 def with_stubs(subject: Subject, module: nn.Module) -> None:
@@ -130,7 +136,8 @@ class _Execution:
         finally:
             hooks.remove()
             self.sections.remove()
-        return Outcome(self.record, self.sections.gradients + self.gradients, failure, outputs)
+        record = together(self.lock.gathered(self.record))
+        return Outcome(record, self.sections.gradients + self.gradients, failure, outputs)
 
     def _module(self, run: int, hooks: Hooks) -> nn.Module:
         subject = self.subject

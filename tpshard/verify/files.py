@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,25 +17,28 @@ from tpshard.verify.report import CheckResult, Finding
 CHUNK = 2**20
 
 
-def check_files(folder: Path, workers: int, progress: Callable[[int], object]) -> tuple[CheckResult, Checkpoint | None]:
+def check_files(
+    folder: Path, workers: int, progress: Callable[[int], object], only: Collection[int] | None = None
+) -> tuple[CheckResult, Checkpoint | None]:
     """The check's result, and the opened checkpoint where its headers are as they should be.
 
+    ``only``: the ranks whose files are looked at; who has rank 0 looks at all that belongs to no rank, too.
     Raises InputError where the folder has no manifest at all.
     """
     if not (folder / MANIFEST_NAME).exists():
         read_manifest(folder)  # says what is wrong
     try:
-        opening = Opening(folder, read_manifest(folder))
+        opening = Opening(folder, read_manifest(folder), only)
     except InputError as error:
         return CheckResult("files", (Finding(str(error), file=MANIFEST_NAME),)), None
-    findings = [*_header_findings(opening), *_extra_findings(opening)]
+    findings = [*_header_findings(opening), *(_extra_findings(opening) if 0 in opening.only else [])]
     checkpoint = None if findings else opening.checkpoint()
     findings += _digest_findings(opening, workers, progress)
     manifest = opening.manifest
     covered = {
-        "files": len(manifest.files) + len(manifest.carried),
+        "files": len(opening.records) + (len(manifest.carried) if 0 in opening.only else 0),
         "tensors": len(manifest.tensors),
-        "ranks": manifest.ranks,
+        "ranks": len(opening.only),
     }
     return CheckResult("files", tuple(findings), covered), checkpoint
 
@@ -43,7 +46,7 @@ def check_files(folder: Path, workers: int, progress: Callable[[int], object]) -
 def _header_findings(opening: Opening) -> Iterator[Finding]:
     """Every file, then, where all could be read, every tensor of every rank."""
     sound = True
-    for record in opening.manifest.files:
+    for record in opening.records:
         try:
             opening.add_file(record)
         except InputError as error:
@@ -52,12 +55,12 @@ def _header_findings(opening: Opening) -> Iterator[Finding]:
     if not sound:
         return
     for tensor in opening.manifest.tensors:
-        for rank in range(opening.manifest.ranks):
+        for rank in opening.only:
             try:
                 opening.add_tensor(tensor, rank)
             except InputError as error:
                 yield Finding(error.message, tensor=tensor.name, rank=rank)
-    for index, record in enumerate(opening.manifest.files):
+    for index, record in enumerate(opening.records):
         try:
             opening.nothing_extra(index)
         except InputError as error:
@@ -90,8 +93,9 @@ def _digest_findings(opening: Opening, workers: int, progress: Callable[[int], o
             raise StorageError(f"{path}: {error.strerror}") from None
         return hasher.hexdigest()
 
-    weights = {record.name: record.digest for record in opening.manifest.files}
-    expected = [*weights.items(), *((record.name, record.digest) for record in opening.manifest.carried)]
+    weights = {record.name: record.digest for record in opening.records}
+    carried = opening.manifest.carried if 0 in opening.only else ()
+    expected = [*weights.items(), *((record.name, record.digest) for record in carried)]
     with ThreadPoolExecutor(workers) as pool:
         found = list(pool.map(digest, [opening.folder / name for name, _ in expected]))
     findings = []

@@ -47,20 +47,17 @@ def _doubled(value: Any) -> Any:
 
 
 class Lockstep:
-    """``count`` runs. Use ``run`` once; the functions call ``exchange`` with their own number."""
+    """``runs``: the numbers of the runs in this process, ascending. Use ``run`` once; the functions call ``exchange``
+    with their own number."""
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    def __init__(self, runs: Sequence[int]) -> None:
+        self.runs = tuple(runs)
+        count = self._count = len(self.runs)
         self._turn = [threading.Semaphore(0) for _ in range(count)]
         self._values: list[Any] = [None] * count
         self._keys: list[str | None] = [None] * count
         self._ended = [False] * count
         self._failure: RunError | None = None
-
-    @property
-    def runs(self) -> Sequence[int]:
-        """The runs that are in this process."""
-        return range(self.count)
 
     def exchange(self, me: int, key: str, value: Any) -> list[Any]:
         """Hand in a value at the point ``key``; returns all runs' values once every run has come there."""
@@ -69,14 +66,15 @@ class Lockstep:
     def here(self, me: int, key: str, value: Any) -> list[Any]:
         """The same among the runs of this process. Who has the lowest number goes on first, alone until it comes to
         the next exchange."""
-        self._values[me], self._keys[me] = value, key
+        place = self.runs.index(me)
+        self._values[place], self._keys[place] = value, key
         # Two turns: in the first everybody hands in, in the second everybody takes all. Without the second, a quick
         # run could hand in its next value before a slow one has read this one.
-        self._pass_on(me)
+        self._pass_on(place)
         if len(set(self._keys)) != 1:
             raise OutOfStepError(f"the ranks are at different layers: {', '.join(sorted(map(str, set(self._keys))))}")
         values = list(self._values)
-        self._pass_on(me)
+        self._pass_on(place)
         return values
 
     def reference(self, me: int, key: str, value: Any) -> Any:
@@ -90,6 +88,10 @@ class Lockstep:
             together |= one
         return together
 
+    def gathered(self, value: Any) -> list[Any]:
+        """The values of all processes, which must all call this; here there is one."""
+        return [value]
+
     def total(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over all processes; here there is one."""
         return tensor
@@ -100,7 +102,7 @@ class Lockstep:
 
     def run(self, functions: Sequence[Callable[[], Any]]) -> list[Any]:
         """The functions' results. Raises RunError where one raised; the others are then ended."""
-        results: list[Any] = [None] * self.count
+        results: list[Any] = [None] * self._count
 
         def body(me: int) -> None:
             self._turn[me].acquire()
@@ -109,14 +111,16 @@ class Lockstep:
                     results[me] = functions[me]()
             except _Released:
                 pass
+            except RunError as error:  # another process's
+                self._failure = self._failure or error
             except BaseException as error:
-                self._failure = self._failure or RunError(me, self._keys[me], error)
+                self._failure = self._failure or RunError(self.runs[me], self._keys[me], error)
             finally:
                 self._ended[me], self._keys[me] = True, "the end"
-                for other in range(self.count) if self._failure else [self._next(me)]:
+                for other in range(self._count) if self._failure else [self._next(me)]:
                     self._turn[other].release()
 
-        threads = [threading.Thread(target=body, args=(me,), daemon=True) for me in range(self.count)]
+        threads = [threading.Thread(target=body, args=(me,), daemon=True) for me in range(self._count)]
         for thread in threads:
             thread.start()
         self._turn[0].release()
@@ -128,7 +132,7 @@ class Lockstep:
 
     def _next(self, me: int) -> int:
         """The run whose turn comes after: one that has not ended, itself if it is the last."""
-        following = ((me + step) % self.count for step in range(1, self.count + 1))
+        following = ((me + step) % self._count for step in range(1, self._count + 1))
         return next((run for run in following if not self._ended[run]), me)
 
     def _pass_on(self, me: int) -> None:

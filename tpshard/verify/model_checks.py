@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -11,6 +11,7 @@ from tpshard.errors import InconclusiveError, UsageError
 from tpshard.verify.execution import Way, execute
 from tpshard.verify.forward import backward_result, forward_result, generic_result
 from tpshard.verify.layers import check_layers
+from tpshard.verify.lockstep import Lockstep
 from tpshard.verify.loss import run_loss
 from tpshard.verify.native import native_figures
 from tpshard.verify.preparation import Choice, default_dtype, prepare
@@ -23,13 +24,15 @@ FITS = 2 * 10**9  # numbers: up to here the default goes back, too
 
 @dataclass(frozen=True, slots=True)
 class ModelRequest:
-    """``backward``: None where the model's size decides; ``isolate``: every faulty layer, not only the first."""
+    """``backward``: None where the model's size decides; ``isolate``: every faulty layer, not only the first;
+    ``new_lock``: where the runs are in several processes."""
 
     factory: str | None = None
     backward: bool | None = None
     isolate: bool = False
     device: str = "cpu"
     seed: int = 0
+    new_lock: Callable[[int], Lockstep] | None = None
 
 
 def check_model(weights: Weights, request: ModelRequest) -> Iterator[CheckResult]:
@@ -41,20 +44,23 @@ def check_model(weights: Weights, request: ModelRequest) -> Iterator[CheckResult
         yield from _checks(weights, request)
     except InconclusiveError as error:
         yield CheckResult("forward", unproven=str(error))
-        yield check_layers(weights)
+        if request.new_lock is None:  # one process sees all shards
+            yield check_layers(weights)
 
 
 def _checks(weights: Weights, request: ModelRequest) -> Iterator[CheckResult]:
     backward = fits(weights) if request.backward is None else request.backward
     with default_dtype(torch.float64):
         choice = Choice(request.factory, request.seed, request.device)
+        if request.new_lock is not None:
+            choice = replace(choice, new_lock=request.new_lock)
         subject = prepare(weights, choice)
         way = Way(backward=backward, isolate=request.isolate, sound=True, seed=request.seed)
         outcome = execute(subject, weights, way)
         native = native_figures(subject, weights, choice) if fits(weights) else None
         yield forward_result(subject, weights, outcome, request.isolate, native)
         if backward:
-            loss = run_loss(subject, weights) if fits(weights) and not outcome.failure else None
+            loss = run_loss(subject, weights) if fits(weights) and outcome.is_right else None
             yield backward_result(subject, weights, outcome, loss)
         short = shortened(subject, weights)
         yield generic_result(short, weights, run_generic(short, weights, way))

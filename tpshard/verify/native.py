@@ -71,6 +71,8 @@ def native_figures(subject: Subject, weights: Weights, choice: Choice) -> Native
             outcome = execute(low, weights, Way(dtype=dtype))
     except (InconclusiveError, UsageError) as error:
         return f"no figures in {name}: {error}"
+    if len(outcome.outputs) < 2:  # the reference is in another process
+        return f"no figures in {name}"
     if outcome.failure is not None:
         return f"no figures in {name}: {one_line(outcome.failure.cause)}"
     return _figures(name, outcome, subject)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import nn
 from tpshard.errors import InconclusiveError
 from tpshard.verify.block_tensor import Context
 from tpshard.verify.execution import Subject, call, first_of, on_device, with_first
-from tpshard.verify.lockstep import AllDouble
+from tpshard.verify.lockstep import AllDouble, Lockstep
 from tpshard.verify.models import FactoryModel, Model, TransformersModel, copy_with, one_line, slots
 from tpshard.verify.placement import NOBODY, REFERENCE, Layer, Parameters, find_layers
 from tpshard.verify.sections import outermost_blocks
@@ -29,6 +29,7 @@ class Choice:
     seed: int = 0
     device: str = "cpu"
     dtype: torch.dtype = torch.float64
+    new_lock: Callable[[int], Lockstep] = lambda ranks: Lockstep(range(ranks + 1))
 
 
 @contextlib.contextmanager
@@ -56,7 +57,8 @@ def prepare(weights: Weights, choice: Choice) -> Subject:
     layers = find_layers(weights, model, parameters)
     inputs = model.inputs(weights.ranks, choice.seed)
     blocks = outermost_blocks(model.skeleton)
-    subject = Subject(model, parameters, layers, blocks, inputs, weights.ranks, torch.device(choice.device))
+    device = torch.device(choice.device)
+    subject = Subject(model, parameters, layers, blocks, inputs, weights.ranks, device, choice.new_lock)
     called = _called(subject, weights)
     return replace(
         subject,

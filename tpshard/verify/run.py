@@ -10,6 +10,8 @@ from time import perf_counter
 from typing import Literal
 
 from tpshard.checkpoint import Checkpoint, open_full
+from tpshard.errors import UsageError
+from tpshard.launch import Launch
 from tpshard.verify.files import check_files, default_workers
 from tpshard.verify.layout import check_layout
 from tpshard.verify.report import CheckResult, Report
@@ -23,7 +25,8 @@ LEVELS: tuple[Level, ...] = ("files", "weights", "layout", "forward", "backward"
 class Request:
     """What to verify. ``level`` is the deepest check wanted; None: everything that can be run in reasonable time.
     ``factory`` is ``package.module:function`` for a model that transformers does not know; ``isolate`` lists every
-    faulty layer rather than the first; ``device`` is where the model runs."""
+    faulty layer rather than the first; ``device`` is where the model runs. ``launch``: this process's place among
+    several, one for each rank, which wait for one another for ``timeout`` seconds."""
 
     folder: Path
     against: Path | None = None
@@ -33,6 +36,8 @@ class Request:
     progress: Callable[[int], object] = lambda count: None
     isolate: bool = False
     device: str = "cpu"
+    launch: Launch | None = None
+    timeout: float = 600.0
 
     def wants(self, level: Level) -> bool:
         return LEVELS.index(level) <= LEVELS.index(self.level or "backward")
@@ -40,10 +45,16 @@ class Request:
 
 def verify(request: Request) -> Report:
     """Run the checks. Raises InputError where there is nothing to check, StorageError where it cannot be read."""
-    return Report(tuple(_timed(_checks(request))))
+    if request.launch is None:
+        return Report(tuple(timed(_checks(request))))
+    if importlib.util.find_spec("torch") is None:
+        raise UsageError("several processes meet through torch, which is not installed", hint="pip install torch")
+    from tpshard.verify.together import verify_together
+
+    return verify_together(request)
 
 
-def _timed(results: Iterator[CheckResult]) -> Iterator[CheckResult]:
+def timed(results: Iterator[CheckResult]) -> Iterator[CheckResult]:
     """Each result with the seconds that passed until it came."""
     begin = perf_counter()
     for result in results:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,6 +56,20 @@ class Record:
     @property
     def worst(self) -> float:
         return max((seam.error for seam in self.seams), default=0.0)
+
+
+def together(records: Sequence[Record]) -> Record:
+    """The records of several processes as one, step by step."""
+    first, *others = records
+    if not others:
+        return first
+    steps = itertools.zip_longest(*(record.seams for record in records))
+    return Record(
+        seams=[seam for step in steps for seam in step if seam is not None],
+        positions=sum(record.positions for record in records),
+        gathers=first.gathers,
+        visited=set().union(*(record.visited for record in records)),
+    )
 
 
 def difference(got: torch.Tensor, want: torch.Tensor) -> tuple[float, bool]:

@@ -7,7 +7,7 @@ that the manifest recorded of the source. Comparison is of bytes, so NaN, -0.0 a
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -25,18 +25,27 @@ from tpshard.verify.report import CheckResult, Finding
 
 
 def check_weights(
-    shards: Checkpoint, source: Checkpoint | None, workers: int, progress: Callable[[int], object]
+    shards: Checkpoint,
+    source: Checkpoint | None,
+    workers: int,
+    progress: Callable[[int], object],
+    only: Collection[int] | None = None,
 ) -> CheckResult:
-    """Compare all shards with the whole; at most one finding for each tensor and rank."""
+    """Compare all shards with the whole; at most one finding for each tensor and rank.
+
+    ``only``: the ranks that are compared, with the source; who has rank 0 compares all that belongs to no rank, too.
+    """
     names = list(shards.tensors)
-    findings = _name_findings(shards, source) if source else []
+    ranks = range(shards.ranks) if only is None else only
+    findings = _name_findings(shards, source) if source and 0 in ranks else []
     common = [name for name in names if source is None or comparable(shards, source, name)]
 
     def compare(name: str) -> list[Finding]:
         with SourceFiles(shards) as own, SourceFiles(source or shards) as other:
             whole = source.tensors[name] if source else shards.tensors[name]
-            found = _Comparison(shards, shards.tensors[name], whole, own, other).run(source is not None)
-        progress(sum(shard.volume for shard in shards.tensors[name].layout.shards if shard))
+            found = _Comparison(shards, shards.tensors[name], whole, own, other, ranks).run(source is not None)
+        held = [shards.tensors[name].layout.shards[rank] for rank in ranks]
+        progress(sum(shard.volume for shard in held if shard))
         return found
 
     with ThreadPoolExecutor(workers) as pool:
@@ -44,7 +53,7 @@ def check_weights(
     shards.check_unchanged()
     if source:
         source.check_unchanged()
-    covered = {"tensors": len(common), "ranks": shards.ranks, "bytes": sum(file.size for file in shards.files)}
+    covered = {"tensors": len(common), "ranks": len(ranks), "bytes": sum(file.size for file in shards.files)}
     what = "the source's bytes" if source else "the digests recorded of the source"
     return CheckResult("weights", tuple(findings), covered, notes=(f"compared with {what}",))
 
@@ -87,8 +96,15 @@ class _Comparison:
     """One tensor: the whole read slab by slab, and every rank's own bytes beside it."""
 
     def __init__(
-        self, checkpoint: Checkpoint, tensor: Stored, whole: Stored, own: SourceFiles, other: SourceFiles
+        self,
+        checkpoint: Checkpoint,
+        tensor: Stored,
+        whole: Stored,
+        own: SourceFiles,
+        other: SourceFiles,
+        ranks: Collection[int],
     ) -> None:
+        self.ranks = ranks
         assert checkpoint.manifest is not None
         self.tensor, self.whole, self.own, self.other = tensor, whole, own, other
         self.bits = DTYPE_BITS[tensor.dtype]
@@ -102,17 +118,22 @@ class _Comparison:
             transfer = plan(self.whole.layout, self.tensor.layout, self.bits)
         except InputError as error:
             return [Finding(error.message, tensor=self.tensor.name)]
-        general = _row_overlap(self.tensor)
+        general = _row_overlap(self.tensor) if 0 in self.ranks else []
         hasher = self.new_hasher()
         for slab in cut_into_slabs(transfer, SLAB):
+            own = [contact for contact in slab.writes if contact.rank in self.ranks]
+            if not own and 0 not in self.ranks:
+                continue
             data = self.rooms.get(0, slab.size)
             self.other.fill([(self.whole, slab, 0)], data)
             hasher.update(data.data)
-            for contact in slab.writes:
+            for contact in own:
                 self._compare(contact, data.reshape(slab.shape))
         for holding in transfer.writes:
-            self._finish(holding.rank)
-        return [*general, *self._digest_findings(hasher.hexdigest(), against_source), *self.findings.values()]
+            if holding.rank in self.ranks:
+                self._finish(holding.rank)
+        whole = self._digest_findings(hasher.hexdigest(), against_source) if 0 in self.ranks else []
+        return [*general, *whole, *self.findings.values()]
 
     def _digest_findings(self, digest: str, against_source: bool) -> list[Finding]:
         record = self.tensor.record

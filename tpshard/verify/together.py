@@ -1,0 +1,101 @@
+"""Verify in several processes, one for each rank: each looks at its own shard, the first makes the report."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+from tpshard.checkpoint import Checkpoint, open_full, open_shards
+from tpshard.errors import UsageError
+from tpshard.manifest_parsing import read_manifest
+from tpshard.verify.files import check_files, default_workers
+from tpshard.verify.layout import check_layout
+from tpshard.verify.model_checks import ModelRequest, check_model
+from tpshard.verify.processes import Group, ProcessLockstep, connected
+from tpshard.verify.report import CheckResult, Report
+from tpshard.verify.run import LEVELS, Request, timed
+from tpshard.verify.values import StoredWeights
+from tpshard.verify.weights import check_weights, comparable
+
+
+def verify_together(request: Request) -> Report:
+    """The same report in every process; the first process's findings count for all that belongs to no rank.
+
+    With the source, a process opens no shard but its own; without, the first reads all of them to rebuild it. Raises
+    what any process raises, in all of them; LostContactError where one has died.
+    """
+    assert request.launch is not None
+    with connected(request.launch, request.device, request.timeout) as group:
+        return group.from_first(Report(tuple(timed(_checks(request, group)))))
+
+
+def _checks(request: Request, group: Group) -> Iterator[CheckResult]:
+    workers = request.workers or default_workers()
+    group.everywhere(lambda: _same_number(request, group))
+    opened: dict[str, Checkpoint | None] = {"source": None}
+
+    def look() -> CheckResult:
+        opened["source"] = open_full(request.against) if request.against else None
+        result, opened["shards"] = check_files(request.folder, workers, request.progress, (group.rank,))
+        return result
+
+    yield combined(group.everywhere(look))
+    shards, source = opened["shards"], opened["source"]
+    if not all(group.gathered(shards is not None)) or shards is None:
+        for level in LEVELS[1:]:
+            if request.wants(level):
+                yield CheckResult(level, unproven="the files are not as they should be")
+        return
+    if source is None:
+        shards = group.everywhere(lambda: open_shards(request.folder))[group.rank]
+    if request.wants("weights"):
+        yield _weights(shards, source, group, workers, request)
+    if request.wants("layout"):
+        yield check_layout(shards)
+    if request.wants("forward"):
+        yield from _model_checks(shards, source, group, request)
+
+
+def _same_number(request: Request, group: Group) -> None:
+    ranks = read_manifest(request.folder).ranks
+    if ranks != group.size:
+        raise UsageError(f"{group.size} processes for {ranks} ranks", hint=f"start {ranks}, or one alone")
+
+
+def _weights(
+    shards: Checkpoint, source: Checkpoint | None, group: Group, workers: int, request: Request
+) -> CheckResult:
+    if source is not None:
+        only = (group.rank,)
+        return combined(group.everywhere(lambda: check_weights(shards, source, workers, request.progress, only)))
+
+    def rebuild() -> CheckResult | None:
+        return check_weights(shards, None, workers, request.progress) if group.rank == 0 else None
+
+    (result,) = [found for found in group.everywhere(rebuild) if found is not None]
+    return result
+
+
+def _model_checks(
+    shards: Checkpoint, source: Checkpoint | None, group: Group, request: Request
+) -> Iterator[CheckResult]:
+    if source and not all(comparable(shards, source, name) for name in {*shards.tensors, *source.tensors}):
+        yield CheckResult("forward", unproven="the shards' tensors are not those of the source")
+        return
+    backward = {"forward": False, "backward": True}.get(request.level or "")
+    wanted = ModelRequest(
+        request.factory, backward, request.isolate, request.device, new_lock=lambda _: ProcessLockstep(group)
+    )
+    with StoredWeights(shards, source) as weights:
+        yield from check_model(weights, wanted)
+
+
+def combined(results: Sequence[CheckResult]) -> CheckResult:
+    """Of one check, each process's part: findings one after another, the counts added up where they are of ranks."""
+    first = results[0]
+    covered = {
+        kind: sum(result.covered[kind] for result in results) if kind != "tensors" else count
+        for kind, count in first.covered.items()
+    }
+    findings = tuple(itertools.chain.from_iterable(result.findings for result in results))
+    return CheckResult(first.name, findings, covered, first.notes, first.unproven, first.figures)
