@@ -20,7 +20,8 @@ from tpshard.layout import Layout, Shard, Span
 from tpshard.plan import Item
 from tpshard.roles import Role
 from tpshard.verify.report import Report, Verdict
-from tpshard.verify.run import Level, Request, verify
+from tpshard.verify.request import Level, Request
+from tpshard.verify.run import verify
 
 KEY_VALUE_HEADS = 2  # of six heads: dealt at tp 2, replicated at 4 and 6
 

@@ -12,7 +12,8 @@ from tests.faults import CLEAN, KEY_VALUE_HEADS, Fault, all_faults, try_fault, w
 from tests.tiny_models import save_model
 from tpshard.convert import plan_split, run
 from tpshard.verify.report import Verdict
-from tpshard.verify.run import Request, verify
+from tpshard.verify.request import Request
+from tpshard.verify.run import verify
 
 Model = Callable[[str], Path]
 

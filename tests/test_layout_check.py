@@ -28,7 +28,8 @@ from tpshard.roles import Role
 from tpshard.verify.families import FAMILIES, TIED_BY_DEFAULT, are_tied, sizes_of
 from tpshard.verify.layout import check_layout
 from tpshard.verify.report import Verdict
-from tpshard.verify.run import Request, verify
+from tpshard.verify.request import Request
+from tpshard.verify.run import verify
 
 L1 = "model.layers.1"
 Change = Callable[[Layout], Layout]

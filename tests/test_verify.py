@@ -21,7 +21,8 @@ from tpshard.verify.inputs import token_ids
 from tpshard.verify.layout import balanced
 from tpshard.verify.lockstep import AllDouble, Lockstep, OutOfStepError, RunError
 from tpshard.verify.report import CheckResult, Finding, Report, Verdict
-from tpshard.verify.run import LEVELS, Request, verify
+from tpshard.verify.request import LEVELS, Request
+from tpshard.verify.run import verify
 from tpshard.verify.seams import difference
 
 POLICY = """

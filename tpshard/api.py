@@ -22,7 +22,7 @@ from tpshard import convert
 from tpshard.checkpoint import Checkpoint, open_checkpoint
 from tpshard.convert import DEFAULT_DIGEST, Done, Options
 from tpshard.verify.report import Report
-from tpshard.verify.run import Level, Request
+from tpshard.verify.request import Level, Request
 from tpshard.verify.run import verify as run_checks
 
 Folder = str | PathLike[str]

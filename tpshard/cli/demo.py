@@ -14,7 +14,7 @@ from tpshard.convert import plan_merge, plan_split, run
 from tpshard.demo import make_checkpoint
 from tpshard.errors import UsageError
 from tpshard.verify.report import Verdict
-from tpshard.verify.run import Request
+from tpshard.verify.request import Request
 from tpshard.verify.run import verify as run_checks
 
 

@@ -13,7 +13,7 @@ from tpshard.cli.report_files import append_summary, junit_file
 from tpshard.cli.report_text import report_text
 from tpshard.errors import StorageError, TpshardError
 from tpshard.launch import launched
-from tpshard.verify.run import LEVELS, Level, Request
+from tpshard.verify.request import LEVELS, Level, Request
 from tpshard.verify.run import verify as run_checks
 
 FORMAT, VERSION = "tpshard-verify", 1  # of --json: docs/verify.schema.json

@@ -7,9 +7,10 @@ good as its worst part.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from enum import Enum
+from time import perf_counter
 from typing import Any
 
 from tpshard.errors import printable
@@ -187,3 +188,12 @@ def _as_json(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _as_json(item) for key, item in value.items()}
     return [_as_json(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def timed(results: Iterator[CheckResult]) -> Iterator[CheckResult]:
+    """Each result with the seconds that passed until it came."""
+    begin = perf_counter()
+    for result in results:
+        end = perf_counter()
+        yield replace(result, seconds=end - begin)
+        begin = end

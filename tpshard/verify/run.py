@@ -3,44 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
-from time import perf_counter
-from typing import Literal
+from collections.abc import Iterator
 
 from tpshard.checkpoint import Checkpoint, open_full
 from tpshard.errors import UsageError
-from tpshard.launch import Launch
 from tpshard.verify.files import check_files, default_workers
 from tpshard.verify.layout import check_layout
-from tpshard.verify.report import CheckResult, Report
+from tpshard.verify.report import CheckResult, Report, timed
+from tpshard.verify.request import LEVELS, Request
 from tpshard.verify.weights import check_weights, comparable
-
-Level = Literal["files", "weights", "layout", "forward", "backward"]
-LEVELS: tuple[Level, ...] = ("files", "weights", "layout", "forward", "backward")
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What to verify. ``level`` is the deepest check wanted; None: everything that can be run in reasonable time.
-    ``factory`` is ``package.module:function`` for a model that transformers does not know; ``isolate`` lists every
-    faulty layer rather than the first; ``device`` is where the model runs. ``launch``: this process's place among
-    several, one for each rank, which wait for one another for ``timeout`` seconds."""
-
-    folder: Path
-    against: Path | None = None
-    level: Level | None = None
-    factory: str | None = None
-    workers: int = 0
-    progress: Callable[[int], object] = lambda count: None
-    isolate: bool = False
-    device: str = "cpu"
-    launch: Launch | None = None
-    timeout: float = 600.0
-
-    def wants(self, level: Level) -> bool:
-        return LEVELS.index(level) <= LEVELS.index(self.level or "backward")
 
 
 def verify(request: Request) -> Report:
@@ -52,15 +23,6 @@ def verify(request: Request) -> Report:
     from tpshard.verify.together import verify_together
 
     return verify_together(request)
-
-
-def timed(results: Iterator[CheckResult]) -> Iterator[CheckResult]:
-    """Each result with the seconds that passed until it came."""
-    begin = perf_counter()
-    for result in results:
-        end = perf_counter()
-        yield replace(result, seconds=end - begin)
-        begin = end
 
 
 def _checks(request: Request) -> Iterator[CheckResult]:

@@ -12,8 +12,8 @@ from tpshard.verify.files import check_files, default_workers
 from tpshard.verify.layout import check_layout
 from tpshard.verify.model_checks import ModelRequest, check_model
 from tpshard.verify.processes import Group, ProcessLockstep, connected
-from tpshard.verify.report import CheckResult, Report
-from tpshard.verify.run import LEVELS, Request, timed
+from tpshard.verify.report import CheckResult, Report, timed
+from tpshard.verify.request import LEVELS, Request
 from tpshard.verify.values import StoredWeights
 from tpshard.verify.weights import check_weights, comparable
 

@@ -1,0 +1,35 @@
+"""What is to be verified, and how deep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tpshard.launch import Launch
+
+Level = Literal["files", "weights", "layout", "forward", "backward"]
+LEVELS: tuple[Level, ...] = ("files", "weights", "layout", "forward", "backward")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to verify. ``level`` is the deepest check wanted; None: everything that can be run in reasonable time.
+    ``factory`` is ``package.module:function`` for a model that transformers does not know; ``isolate`` lists every
+    faulty layer rather than the first; ``device`` is where the model runs. ``launch``: this process's place among
+    several, one for each rank, which wait for one another for ``timeout`` seconds."""
+
+    folder: Path
+    against: Path | None = None
+    level: Level | None = None
+    factory: str | None = None
+    workers: int = 0
+    progress: Callable[[int], object] = lambda count: None
+    isolate: bool = False
+    device: str = "cpu"
+    launch: Launch | None = None
+    timeout: float = 600.0
+
+    def wants(self, level: Level) -> bool:
+        return LEVELS.index(level) <= LEVELS.index(self.level or "backward")
