@@ -27,9 +27,9 @@ def _multiply(x: torch.Tensor, weight: BlockTensor, out: int) -> torch.Tensor:
 
 
 def _in_other_order(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """The product, its sums begun at the other end and in three parts."""
-    parts = [a @ b for a, b in zip(x.flip(1).chunk(3, 1), values.flip(0).chunk(3, 0), strict=True)]
-    return torch.stack(parts).sum(dim=0)
+    """The product, its sums in three parts that are added from the last."""
+    parts = [a @ b for a, b in zip(x.chunk(3, 1), values.chunk(3, 0), strict=True)]
+    return sum(parts[-2::-1], parts[-1])
 
 
 class _Product(torch.autograd.Function):

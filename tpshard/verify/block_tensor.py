@@ -68,7 +68,8 @@ class Context:
         raw = self.weights.read(block.name, block.holder, block.source).to(self.device)
         if raw.is_floating_point():
             raw = raw.to(self.dtype)
-            if self.sound and not bool(torch.isfinite(raw).all()):
+            # The sum is not finite where a number is not, and ten times as fast to look at.
+            if self.sound and not bool(torch.isfinite(raw.sum())) and not bool(torch.isfinite(raw).all()):
                 raise InconclusiveError(f"{printable(block.name)}: the source holds NaN or infinite values")
         kept = [stored for stored, axis in enumerate(block.axes) if axis is not None]
         raw = raw.reshape([raw.shape[stored] for stored in kept])

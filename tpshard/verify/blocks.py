@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from tpshard.layout import Box, Shape
 
-CHUNK = 2**21  # numbers of a weight that are held at a time
+CHUNK = 2**19  # numbers of a weight that are held at a time
 
 
 @dataclass(frozen=True, slots=True)

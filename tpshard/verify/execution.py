@@ -58,7 +58,8 @@ class Outcome:
 @dataclass(frozen=True, slots=True)
 class Way:
     """How it is run. ``backward``: block by block; ``loss``: of the whole model from its loss (a function of the
-    output), all activations alive; ``stop_above``: the error that is enough to end."""
+    output), all activations alive; ``stop_above``: the error that is enough to end; ``keep``: the outputs
+    are wanted."""
 
     dtype: torch.dtype = torch.float64
     backward: bool = False
@@ -67,6 +68,7 @@ class Way:
     sound: bool = False
     stop_above: float | None = None
     doubled: frozenset[str] = frozenset()
+    keep: bool = False
     seed: int = 0
 
 
@@ -169,7 +171,7 @@ class _Execution:
                 self.sections.finish(run, output)
             if self.way.loss is not None:
                 self._go_back_from_loss(run, self.way.loss(output))
-            return detached(output)
+            return detached(output) if self.way.keep else None
 
         def in_mode() -> Any:  # all modes belong to the thread
             with torch.set_grad_enabled(with_gradients):
@@ -184,7 +186,7 @@ class _Execution:
         own = [tensor.detach() for tensor in tensors_of(output)]
         if not own:
             raise InconclusiveError("the model returns no floating-point tensor to compare")
-        reference = self.lock.reference(run, "the model's output", [tensor.clone() for tensor in own])
+        reference = self.lock.reference(run, "the model's output", own)
         if run == REFERENCE:
             return
         for number, (got, want) in enumerate(zip(own, reference, strict=True)):

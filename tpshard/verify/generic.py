@@ -6,6 +6,7 @@ which they should be without reading any. A rearrangement gives the ranks other 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from tpshard.roles import Role
 from tpshard.verify.values import TORCH_DTYPES, WHOLE, Place, Weights
 
 Index = NDArray[np.int64]
+LINE = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +79,12 @@ class GenericWeights:
         if holder != WHOLE and name in self._rearranged.moved:
             axis, moved = self._rearranged.moved[name]
             lines[axis] = moved(holder, lines[axis])
-        place = np.zeros((1,) * len(shape), np.uint64)
-        for axis, line in enumerate(lines):
-            stride = int(np.prod(shape[axis + 1 :], dtype=np.int64))
-            place = place + (line.astype(np.uint64) * np.uint64(stride)).reshape(
-                [-1 if k == axis else 1 for k in range(len(shape))]
-            )
+        rows = np.zeros((1,), np.int64)
+        for axis, line in enumerate(lines[:-1]):
+            rows = (rows[:, None] * shape[axis] + line).reshape(-1)
         middle, spread = _scale(name, shape)
-        return np.asarray(middle + spread * _uniform(name, place))
+        values = middle + spread * _windows(name, rows, lines[-1] if lines else np.zeros(1, np.int64))
+        return values.reshape(box.shape)
 
 
 def _scale(name: str, shape: Shape) -> tuple[float, float]:
@@ -95,12 +95,29 @@ def _scale(name: str, shape: Shape) -> tuple[float, float]:
     return (0.0 if "bias" in name.rpartition(".")[2] else 1.0), 0.2
 
 
-def _uniform(name: str, place: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """Numbers of variance 1 from a tensor's name and a cell's number (the mixing steps of splitmix64)."""
-    seed = np.uint64(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"))
-    x = place + seed
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x ^= x >> np.uint64(shift)
-        x *= np.uint64(factor)
-    x ^= x >> np.uint64(31)
+def _windows(name: str, rows: Index, columns: Index) -> NDArray[np.float64]:
+    """Numbers of variance 1: a row is a part of one long random line, which begins where name and row say."""
+    begins = _mixed(rows.astype(np.uint64) + _seed(name)) % np.uint64(LINE)
+    last = int(columns.max(initial=0))
+    line = _line(LINE * (1 + last // LINE + 1))
+    if len(columns) and last - int(columns[0]) == len(columns) - 1:  # side by side, as a rule
+        windows = np.lib.stride_tricks.sliding_window_view(line, len(columns))
+        return np.asarray(windows[begins.astype(np.int64) + columns[0]])
+    return np.asarray(line[begins.astype(np.int64)[:, None] + columns])
+
+
+@functools.lru_cache(maxsize=2)
+def _line(length: int) -> NDArray[np.float64]:
+    x = _mixed(np.arange(length, dtype=np.uint64))
     return (x >> np.uint64(11)).astype(np.float64) * (2 * 3**0.5 / 2**53) - 3**0.5
+
+
+def _seed(name: str) -> np.uint64:
+    return np.uint64(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"))
+
+
+def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The steps of splitmix64."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    return x ^ (x >> np.uint64(31))

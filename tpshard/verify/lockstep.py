@@ -75,6 +75,7 @@ class Lockstep:
             raise OutOfStepError(f"the ranks are at different layers: {', '.join(sorted(map(str, set(self._keys))))}")
         values = list(self._values)
         self._pass_on(place)
+        self._values[place] = None  # which may be large
         return values
 
     def reference(self, me: int, key: str, value: Any) -> Any:

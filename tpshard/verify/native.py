@@ -68,7 +68,7 @@ def native_figures(subject: Subject, weights: Weights, choice: Choice) -> Native
             model = make_model(weights, replace(choice, dtype=dtype))
             inputs = model.inputs(weights.ranks, choice.seed)
             low = replace(subject, model=model, parameters=Parameters(model, weights), inputs=inputs)
-            outcome = execute(low, weights, Way(dtype=dtype))
+            outcome = execute(low, weights, Way(dtype=dtype, keep=True))
     except (InconclusiveError, UsageError) as error:
         return f"no figures in {name}: {error}"
     if len(outcome.outputs) < 2:  # the reference is in another process

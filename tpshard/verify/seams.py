@@ -109,6 +109,7 @@ class Hooks:
 
     def __init__(self, lock: Lockstep, record: Record, ranks: int, isolate: bool = False) -> None:
         self.lock, self.record, self.ranks, self.isolate = lock, record, ranks, isolate
+        self._joined: torch.Tensor | None = None
         self._handles: list[Any] = []
 
     def attach(self, run: int, model: nn.Module, layers: Sequence[Layer]) -> None:
@@ -141,7 +142,7 @@ class Hooks:
         """These layers want all of their input: it has to be the reference's on every rank."""
         if not args or not isinstance(args[0], torch.Tensor):
             return
-        want = self.lock.reference(run, f"{layer.path}, input", args[0].detach().clone())
+        want = self.lock.reference(run, f"{layer.path}, input", _kept(run, args[0]))
         if run != REFERENCE:
             self.record.compare(layer.name, "input", run - 1, args[0], want)
 
@@ -171,27 +172,38 @@ class Hooks:
     def _meet(self, run: int, layer: Layer, module: nn.Module, out: Any) -> Any:
         """Partial sums are added up; gathered parts are joined. Every rank goes on with the same."""
         value, put_back = first_tensor(out)
-        # The reference's value is copied, since its own code may go on to change it in place.
-        values = self.lock.exchange(run, layer.path, value.detach().clone() if run == REFERENCE else value)
+        axis, cut = feature_axis(module), layer.cut if layer.task == "gather" else None
+        want = self.lock.reference(run, layer.path, _kept(run, value))
+        given = value if cut is None else value.index_select(axis, _own_part(cut, run).to(value.device))
+        if cut is not None and run != REFERENCE:
+            self._compare_part(layer, run, value, want, axis, cut.index[run - 1])
+        parts = self.lock.exchange(run, layer.path, given.detach() if run == REFERENCE else given)[1:]
         self.record.visited.add(layer.path)
         if run == self.lock.runs[0]:
             self.record.gathers += layer.task == "gather"
+            self._joined = None
         if run == REFERENCE:
             return None
-        if layer.task == "row":
-            joined = torch.stack(values[1:]).sum(dim=0)
-        else:
-            assert layer.cut is not None
-            joined = _join(values[1:], layer.cut, feature_axis(module))
-        self.record.compare(layer.name, "output", run - 1, joined, values[REFERENCE])
+        if self._joined is None:  # the first of the ranks that are here: the others' is the same
+            self._joined = sum(parts[1:], parts[0]) if cut is None else _join(parts, cut, axis)
+            self.record.compare(layer.name, "output", run - 1, self._joined, want)
+        joined = self._joined.clone()
         if run == self.lock.runs[-1]:
+            self._joined = None
             self.record.open_cuts.clear()
-        return put_back(self._onwards(joined, values[REFERENCE]))
+        return put_back(self._onwards(joined, want))
+
+    def _compare_part(
+        self, layer: Layer, run: int, value: torch.Tensor, want: torch.Tensor, axis: int, own: torch.Tensor
+    ) -> None:
+        index = own.to(value.device)
+        mine, theirs = (tensor.index_select(axis, index).movedim(axis, -1) for tensor in (value.detach(), want))
+        self.record.compare(layer.name, "own part of the output", run - 1, mine, theirs)
 
     def _compare_own(self, run: int, layer: Layer, module: nn.Module, out: Any) -> Any:
         """A column layer's output stays local: each rank's own part of it is compared."""
         value, put_back = first_tensor(out)
-        reference = self.lock.reference(run, layer.path, value.detach().clone())
+        reference = self.lock.reference(run, layer.path, _kept(run, value))
         self.record.visited.add(layer.path)
         if run == self.lock.runs[0]:
             self.record.open_cuts.append(layer.name)
@@ -199,8 +211,7 @@ class Hooks:
         if run == REFERENCE or cut is None or value.shape[axis] != sum(len(own) for own in cut.first):
             return None  # where the layer's features are not its weight's rows, its consumer will tell
         own = cut.index[run - 1].to(value.device)
-        mine, theirs = (tensor.index_select(axis, own).movedim(axis, -1) for tensor in (value, reference))
-        self.record.compare(layer.name, "own part of the output", run - 1, mine, theirs)
+        self._compare_part(layer, run, value, reference, axis, own)
         if not self.isolate:
             return None
         wanted = reference.index_select(axis, own)
@@ -245,7 +256,7 @@ class Hooks:
 
     def _compare_recurrent(self, run: int, layer: Layer, out: Any) -> Any:
         value, put_back = first_tensor(out)
-        reference = self.lock.reference(run, layer.path, value.detach().clone())
+        reference = self.lock.reference(run, layer.path, _kept(run, value))
         self.record.visited.add(layer.path)
         if run == self.lock.runs[0]:
             self.record.gathers += 1
@@ -279,13 +290,28 @@ def first_tensor(out: Any) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]
     raise TypeError(f"a layer that is cut returns {type(out).__name__}, not a tensor")
 
 
-def _join(values: Sequence[torch.Tensor], cut: Cut, axis: int) -> torch.Tensor:
+def _kept(run: int, value: torch.Tensor) -> torch.Tensor:
+    """The reference's value is copied, since its own code may go on to change it in place."""
+    return value.detach().clone() if run == REFERENCE else value.detach()
+
+
+def _own_part(cut: Cut, run: int) -> torch.Tensor:
+    """What a rank gives of its cut output: what no lower rank holds, and then the first feature again and again, so
+    that all give as many. The reference gives anything."""
+    own = cut.first[max(run, 1) - 1]
+    length = max(map(len, cut.first))
+    return torch.cat([own, own.new_zeros(length - len(own))])
+
+
+def _join(parts: Sequence[torch.Tensor], cut: Cut, axis: int) -> torch.Tensor:
     """Each feature from the lowest rank that holds it."""
-    joined = torch.zeros_like(values[0])
-    for value, own in zip(values, cut.first, strict=True):
-        index = own.to(value.device)
-        joined = joined.index_copy(axis % joined.ndim, index, value.index_select(axis, index))
-    return joined
+    joined = torch.cat([part.narrow(axis, 0, len(own)) for part, own in zip(parts, cut.first, strict=True)], dim=axis)
+    order = torch.argsort(torch.cat(cut.first))
+    return (
+        joined
+        if bool((order == torch.arange(len(order))).all())
+        else joined.index_select(axis, order.to(joined.device))
+    )
 
 
 def _first_nonzero(values: Sequence[torch.Tensor]) -> torch.Tensor:
