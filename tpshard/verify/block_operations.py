@@ -133,6 +133,8 @@ def _embedding(
 
 def _selected(self: BlockTensor, dim: int, index: int) -> BlockTensor:
     dim, index = dim % self.ndim, index % self.shape[dim]
+    if self.ndim == 3 and dim == 0:
+        self.context.selected.setdefault(self.key, set()).add(index)
     parts = (block.narrow(dim, index, index + 1) for block in self.blocks)
     shape = [n for axis, n in enumerate(self.shape) if axis != dim]
     return self.derived(shape, (part.dropped(dim) for part in parts if part), ("select", dim, index))

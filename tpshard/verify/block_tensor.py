@@ -51,6 +51,7 @@ class Context:
         self.weights, self.dtype, self.device = weights, dtype, device
         self.sound, self.backwards = sound, backwards
         self.tape: Tape | None = None
+        self.selected: dict[str, set[int]] = {}  # of stacked matrices (experts), those that were used
         self._recent: OrderedDict[str, tuple[Block, ...]] = OrderedDict()
 
     def blocks_of(self, key: str, factory: Callable[[], tuple[Block, ...]]) -> tuple[Block, ...]:

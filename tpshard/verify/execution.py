@@ -42,12 +42,14 @@ class Subject:
 
 @dataclass(slots=True)
 class Outcome:
-    """``failure``: a rank's model that broke down; ``outputs``: by run, where asked for."""
+    """``failure``: a rank's model that broke down; ``outputs``: by run, where asked for; ``selected``: of parameters
+    that are stacks of matrices, the reference's own choice of them (experts)."""
 
     record: Record
     gradients: list[Gradient] = field(default_factory=list)
     failure: RunError | None = None
     outputs: list[Any] = field(default_factory=list)
+    selected: Mapping[str, set[int]] = field(default_factory=dict)
 
     @property
     def is_right(self) -> bool:
@@ -139,7 +141,8 @@ class _Execution:
             hooks.remove()
             self.sections.remove()
         record = together(self.lock.gathered(self.record))
-        return Outcome(record, self.sections.gradients + self.gradients, failure, outputs)
+        selected = self.contexts[REFERENCE].selected if REFERENCE in self.contexts else {}
+        return Outcome(record, self.sections.gradients + self.gradients, failure, outputs, selected)
 
     def _module(self, run: int, hooks: Hooks) -> nn.Module:
         subject = self.subject

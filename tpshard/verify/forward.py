@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from tpshard.errors import printable
 from tpshard.verify.execution import Outcome, Subject
-from tpshard.verify.models import one_line
+from tpshard.verify.models import one_line, slots
 from tpshard.verify.native import NativeFigures
 from tpshard.verify.preparation import never_called
 from tpshard.verify.report import CheckResult, Finding, Table, error_size
@@ -44,6 +44,7 @@ def forward_result(
         },
         notes=(
             *_notes(subject, record, [name for name in idle if name not in cut]),
+            *_idle_experts(subject, outcome),
             *([native] if isinstance(native, str) else []),
         ),
         tables=(_layer_table(subject, record), *([native.table()] if isinstance(native, NativeFigures) else [])),
@@ -187,6 +188,14 @@ def _notes(subject: Subject, record: Record, idle: Sequence[str]) -> Iterator[st
     later = list(dict.fromkeys(seam.layer for seam in record.seams if seam.wrong and seam.layer != first))
     if later:
         yield f"later: {', '.join(later[:MOST_NAMED])}{', ...' if len(later) > MOST_NAMED else ''}"
+
+
+def _idle_experts(subject: Subject, outcome: Outcome) -> Iterator[str]:
+    """Matrices of a stack that no token was sent to."""
+    sizes = {name: tensor.shape[0] for name, tensor in slots(subject.model.skeleton).items() if tensor.ndim == 3}
+    for name, used in outcome.selected.items():
+        if name in sizes and len(used) < sizes[name]:
+            yield f"{name}: {sizes[name] - len(used)} of {sizes[name]} experts were not reached"
 
 
 def _sentence(seam: Seam) -> str:
