@@ -1,0 +1,60 @@
+"""Where a layer's features are in what it is given and returns, and how the ranks' own are put together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from tpshard.verify.placement import Cut, Layer, Task, is_conv1d
+from tpshard.verify.recurrent import units
+
+
+def feature_axis(module: nn.Module) -> int:
+    """The axis of a layer's input and output that has its features, counted from the end; convolutions have channels
+    before the axes of their kernel, norms of channels in axis 1."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return -1 - len(module.kernel_size)
+    return 1 if _is_for_channels(module) else -1
+
+
+def _is_for_channels(module: nn.Module) -> bool:
+    """Norms and the like that have a number for each channel."""
+    norm = isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm)
+    return norm or (isinstance(module, nn.PReLU) and module.num_parameters > 1)
+
+
+def wants_whole_input(task: Task, module: nn.Module) -> bool:
+    """Whether all features of the input have to be there, whichever the rank's own part of the output is."""
+    if isinstance(module, nn.modules.conv._ConvNd) and module.groups == 1:
+        return task in ("column", "gather", "whole")
+    if isinstance(module, nn.modules.conv._ConvNd) or _is_for_channels(module):
+        return task == "whole"
+    return task in ("column", "gather", "whole") and (isinstance(module, nn.Linear) or is_conv1d(module))
+
+
+def own_units(layer: Layer, module: Any, value: torch.Tensor) -> Cut:
+    """A recurrent layer's cut as one of the last axis of what it returns."""
+    assert layer.cut is not None
+    index, first = (
+        tuple(units(rows, module.hidden_size, value.shape[-1]) for rows in runs)
+        for runs in (layer.cut.index, layer.cut.first)
+    )
+    return Cut(-1, index, first)
+
+
+def only(value: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """Zeros but for some of the features."""
+    index = own.to(value.device)
+    return torch.zeros_like(value).index_copy(-1, index, value.index_select(-1, index))
+
+
+def joined_by(values: Sequence[torch.Tensor], cut: Cut, axis: int) -> torch.Tensor:
+    """Each feature from the lowest rank that holds it."""
+    joined = torch.zeros_like(values[0])
+    for value, own in zip(values, cut.first, strict=True):
+        index = own.to(value.device)
+        joined = joined.index_copy(axis % joined.ndim, index, value.index_select(axis, index))
+    return joined
