@@ -17,17 +17,19 @@ from tests import some_models
 from tpshard.convert import plan_merge, plan_split, run
 from tpshard.errors import UsageError
 from tpshard.verify.report import Report, Verdict
-from tpshard.verify.run import Request, verify
+from tpshard.verify.run import Level, Request, verify
 
 CHECKS = ("files", "weights", "forward", "backward", "generic", "self-test")
 
 
-def verified(name: str, folder: Path, tp: int, changed: str = "") -> Report:
+def verified(name: str, folder: Path, tp: int, changed: str = "", level: Level | None = None) -> Report:
     torch.set_num_threads(1)  # for numbers this small a second thread only gets in the way
     some_models.save(name, folder / "model")
     policy = some_models.save_policy(name, folder / "policy.yaml", changed)
     run(plan_split(folder / "model", folder / "shards", tp, str(policy)))
-    return verify(Request(folder / "shards", against=folder / "model", factory="tests.some_models:build", workers=1))
+    return verify(
+        Request(folder / "shards", against=folder / "model", level=level, factory="tests.some_models:build", workers=1)
+    )
 
 
 @pytest.mark.parametrize("tp", [2, 3, 4])
@@ -57,6 +59,7 @@ FAULTS = {
     "two directions as one block": ("both ways, row", "head: {rule: row, uneven: true}", "head"),
     "norm whole, its convolution cut": ("images", "norm: replicate", "norm"),
     "depthwise convolution whole, its input cut": ("images", "depth: replicate", "depth"),
+    "convolution whole, its input cut": ("images", "point: replicate", "point"),
     "convolution by outputs after one by outputs": ("images", "point: column", "point"),
     "convolution by inputs, said to be by outputs": ("images", "wide: {rule: column, dims: io..}", "groups"),
     "groups not those of the layer before": ("images", "wide: {rule: column, unit: 8, uneven: true}", "groups"),
@@ -71,10 +74,18 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_wrong_policy_fails_at_the_layer(fault: str, tmp_path: Path) -> None:
     name, changed, layer = FAULTS[fault]
-    checks = {check.name: check for check in verified(name, tmp_path, 2, changed).checks}
+    checks = {check.name: check for check in verified(name, tmp_path, 2, changed, "forward").checks}
     assert checks["weights"].verdict is Verdict.PASS
     assert checks["forward"].verdict is Verdict.FAIL
     assert checks["forward"].findings[0].layer == layer
+
+
+def test_a_recurrent_layer_whose_input_is_not_whole_is_told_so(tmp_path: Path) -> None:
+    checks = verified("lstm", tmp_path, 2, "words: {rule: column, dims: io, uneven: true}", "forward").checks
+    (forward,) = (check for check in checks if check.name == "forward")
+    assert "rec, rank 0: its input is not whole (cut by words), but the layer wants all of it" in str(
+        forward.findings[0]
+    )
 
 
 # ------------------------------------------------------------------------------------------ what cannot be done
@@ -134,6 +145,7 @@ REFUSED: dict[str, tuple[str, Callable[..., Any], str, str]] = {
     "never called, in a block that is": ("idle", lambda net, x: net.spare(net.block(net.up(x))), IDLE, "1 cut layers: spare.dead"),
     "raises": ("pair", breaks, PAIR, "the unsharded model itself does not run: RuntimeError: not today, nor tomorrow"),
     "exits": ("pair", leaves, PAIR, "the unsharded model itself does not run: SystemExit: 0"),
+    "random": ("pair", lambda net, x: net.down(torch.dropout(net.up(x), 0.5, True)), PAIR, "differs from itself when run again"),
     "no numbers": ("pair", lambda net, x: net.down(net.up(x)).argmax(-1), PAIR, "returns no floating-point tensor to compare"),
 }  # fmt: skip
 
