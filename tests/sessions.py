@@ -1,8 +1,8 @@
 """The sessions in the docs are run, and what they print is what the docs show.
 
 A fenced block marked ``console`` is a session: lines that begin with ``$ `` are commands, the lines after each what it
-prints. All sessions of a page run in one scratch folder, in order. ``python -m tests.sessions`` runs them and writes
-what they print into the pages.
+prints. All sessions of a page run in one scratch folder, in order; blocks marked with a language and a file's name are
+files in it. ``python -m tests.sessions`` runs the sessions and writes what they print into the pages.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "docs" / "tutorial.md", ROOT / "docs" / "verify.md"]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "tutorial.md", ROOT / "docs" / "verify.md", ROOT / "docs" / "any-model.md"]
 BLOCK = re.compile(r"(?<=^```console\n).*?(?=^```$)", re.MULTILINE | re.DOTALL)
+FILE = re.compile(r"^```\w+ ([\w.-]+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # What differs from run to run: times, rates, rounding errors, scratch folders.
 VARYING = [
     (re.compile(r" \([\d,]+\.\d s\)$", re.MULTILINE), ""),  # of a slow check
@@ -74,8 +75,14 @@ def blocks(page: Path) -> Iterator[re.Match[str]]:
     yield from BLOCK.finditer(page.read_text("utf-8"))
 
 
+def write_files(page: Path, folder: Path) -> None:
+    for name, text in FILE.findall(page.read_text("utf-8")):
+        (folder / name).write_text(text, "utf-8")
+
+
 def refresh(page: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="tpshard-docs-") as scratch:
+        write_files(page, Path(scratch))
 
         def again(match: re.Match[str]) -> str:
             lines = []

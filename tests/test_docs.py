@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 def test_sessions_print_what_the_page_shows(page: Path, tmp_path: Path) -> None:
     found = [step for block in sessions.blocks(page) for step in sessions.steps(block[0])]
     assert found
+    sessions.write_files(page, tmp_path)
     for step in found:
         assert sessions.normal(sessions.run(step, tmp_path)) == sessions.normal(step.output), step.command
 

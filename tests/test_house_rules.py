@@ -24,7 +24,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("verify.files", "verify.weights", "verify.request"),
     ("verify.values", "verify.blocks", "verify.block_tensor", "verify.block_operations", "verify.generic"),
     ("verify.inputs", "verify.models", "verify.placement", "verify.gradients"),
-    ("verify.lockstep", "verify.recurrent", "verify.seams", "verify.sections", "verify.execution"),
+    ("verify.lockstep", "verify.recurrent", "verify.features", "verify.seams", "verify.sections", "verify.execution"),
     ("verify.preparation", "verify.native", "verify.loss", "verify.forward"),
     ("verify.canaries", "verify.sensitivity", "verify.layers"),
     ("verify.model_checks", "verify.processes", "verify.together", "verify.run", "verify.__init__"),

@@ -313,7 +313,7 @@ def test_lockstep_gives_everybody_everything_in_turn() -> None:
         seen = []
         for step in range(4):
             order.append(me)
-            seen.append(lock.exchange(me, f"step {step}", (me, step)))
+            seen.append(lock.here(me, f"step {step}", (me, step)))
         return seen
 
     results = lock.run([lambda me=me: body(me) for me in range(3)])  # type: ignore[misc]
@@ -325,9 +325,9 @@ def test_lockstep_ends_when_one_run_takes_another_way() -> None:
     lock = Lockstep(range(3))
 
     def body(me: int) -> None:
-        lock.exchange(me, "first", me)
+        lock.here(me, "first", me)
         if me != 1:
-            lock.exchange(me, "second", me)
+            lock.here(me, "second", me)
 
     with pytest.raises(RunError) as caught:
         lock.run([lambda me=me: body(me) for me in range(3)])  # type: ignore[misc]

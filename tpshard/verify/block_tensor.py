@@ -36,7 +36,8 @@ class Context:
     """What all parameters of one run share: where numbers come from, in what dtype and on which device one computes,
     and where uses are noted for their gradients.
 
-    ``sound``: numbers that are not finite end the run; ``backwards``: products are summed in another order.
+    ``sound``: numbers that are not finite end the run; ``backwards``: products are summed in another order; ``used``:
+    the parameters that were asked for numbers.
     """
 
     def __init__(
@@ -52,11 +53,13 @@ class Context:
         self.sound, self.backwards = sound, backwards
         self.tape: Tape | None = None
         self.selected: dict[str, set[int]] = {}  # of stacked matrices (experts), those that were used
+        self.used: set[str] = set()
         self._recent: OrderedDict[str, tuple[Block, ...]] = OrderedDict()
 
     def blocks_of(self, key: str, factory: Callable[[], tuple[Block, ...]]) -> tuple[Block, ...]:
         """A parameter's blocks. They are found when they are needed and kept for a while only: a large mixture of
         experts has millions."""
+        self.used.add(key)
         if key not in self._recent:
             self._recent[key] = factory()
             if len(self._recent) > RECENT:
@@ -168,6 +171,7 @@ class BlockTensor(torch.Tensor):
 
     def _filled(self) -> torch.Tensor:
         if self._dense is not None:
+            self.context.used.add(self.key)
             return self._dense()
         whole = torch.zeros(self.shape, dtype=self.dtype, device=self.context.device)
         for block in self.blocks:

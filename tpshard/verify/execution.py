@@ -211,8 +211,9 @@ class _Execution:
 
 
 def on_device(value: Any, device: torch.device) -> Any:
+    """The same inputs once more, each tensor a copy: a model may change what it is given in place."""
     if isinstance(value, torch.Tensor):
-        return value.to(device)
+        return value.detach().to(device, copy=True)
     if isinstance(value, Mapping):
         return {key: on_device(item, device) for key, item in value.items()}
     return type(value)(on_device(item, device) for item in value) if type(value) in (tuple, list) else value

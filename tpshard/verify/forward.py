@@ -31,7 +31,12 @@ def forward_result(
     idle = never_called(subject, record.visited)
     cut = {layer.name for layer in subject.layers if layer.cut is not None}
     unreached = [name for name in idle if name in cut]
-    reason = f"the input did not reach {len(unreached)} cut layers: {', '.join(unreached[:5])}" if unreached else None
+    reason = (
+        f"the input did not reach {len(unreached)} cut layers: {', '.join(unreached[:5])} (give inputs that do, by "
+        "--model; layers have to be called, not only their weights read)"
+        if unreached
+        else None
+    )
     return CheckResult(
         "forward",
         findings=tuple(_findings(outcome, isolate)),

@@ -59,12 +59,9 @@ class Lockstep:
         self._ended = [False] * count
         self._failure: RunError | None = None
 
-    def exchange(self, me: int, key: str, value: Any) -> list[Any]:
-        """Hand in a value at the point ``key``; returns all runs' values once every run has come there."""
-        return self.here(me, key, value)
-
     def here(self, me: int, key: str, value: Any) -> list[Any]:
-        """The same among the runs of this process. Who has the lowest number goes on first, alone until it comes to
+        """Hand in a value at the point ``key``; returns the values of all runs of this process once every one has come
+        there. Who has the lowest number goes on first, alone until it comes to
         the next exchange."""
         place = self.runs.index(me)
         self._values[place], self._keys[place] = value, key
@@ -78,6 +75,10 @@ class Lockstep:
         self._values[place] = None  # which may be large
         return values
 
+    def ranks(self, me: int, key: str, value: Any) -> list[Any]:
+        """The ranks' tensors, which stay parts of one graph; run 0 hands in anything."""
+        return self.here(me, key, value)[1:]
+
     def reference(self, me: int, key: str, value: Any) -> Any:
         """Hand in a value at the point ``key``; returns that of run 0, which is detached from its graph."""
         return self.here(me, key, value)[0]
@@ -85,7 +86,7 @@ class Lockstep:
     def agree_here(self, me: int, key: str, known: dict[Any, Any]) -> dict[Any, Any]:
         """What any run knows."""
         together: dict[Any, Any] = {}
-        for one in self.exchange(me, key, known):
+        for one in self.here(me, key, known):
             together |= one
         return together
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from tpshard.errors import InconclusiveError, UsageError
-from tpshard.verify.execution import Way, execute
+from tpshard.verify.execution import Subject, Way, execute
 from tpshard.verify.forward import backward_result, forward_result, generic_result
 from tpshard.verify.layers import check_layers
 from tpshard.verify.lockstep import Lockstep
@@ -16,7 +16,7 @@ from tpshard.verify.loss import run_loss
 from tpshard.verify.native import native_figures
 from tpshard.verify.preparation import Choice, default_dtype, prepare
 from tpshard.verify.report import CheckResult
-from tpshard.verify.sensitivity import run_generic, self_test, shortened
+from tpshard.verify.sensitivity import SEEN, noise_of, run_generic, self_test, shortened
 from tpshard.verify.values import Weights, numbers_in
 
 FITS = 2 * 10**9  # numbers: up to here the default goes back, too
@@ -57,14 +57,24 @@ def _checks(weights: Weights, request: ModelRequest) -> Iterator[CheckResult]:
         subject = prepare(weights, choice)
         way = Way(backward=backward, isolate=request.isolate, sound=True, seed=request.seed)
         outcome = execute(subject, weights, way)
+        short = shortened(subject, weights)
+        if any(seam.wrong for seam in outcome.record.seams):
+            _refuse_random(short, weights)
         native = native_figures(subject, weights, choice) if fits(weights) else None
         yield forward_result(subject, weights, outcome, request.isolate, native)
         if backward:
             loss = run_loss(subject, weights) if fits(weights) and outcome.is_right else None
             yield backward_result(subject, weights, outcome, loss)
-        short = shortened(subject, weights)
         yield generic_result(short, weights, run_generic(short, weights, way))
         yield self_test(short, weights, outcome.record.visited)
+
+
+def _refuse_random(subject: Subject, weights: Weights) -> None:
+    """Raises InconclusiveError where the unsharded model differs from itself, so that a difference means nothing."""
+    noise = noise_of(subject, weights)
+    if not noise < SEEN:
+        hint = "leave out what is random"
+        raise InconclusiveError(f"the unsharded model differs from itself when run again, by {noise:.1e}", hint=hint)
 
 
 def fits(weights: Weights) -> bool:

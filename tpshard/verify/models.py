@@ -236,9 +236,10 @@ class FactoryModel:
         was = torch.get_default_dtype()
         try:
             torch.set_default_dtype(torch.float32)
-            with without_parameters():
+            with without_parameters(), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)  # random inputs are the same in every run
                 made = function(dict(config))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UsageError(f"--model {text} failed: {one_line(error)}") from None
         finally:
             torch.set_default_dtype(was)
@@ -283,11 +284,12 @@ def _import(text: str) -> Callable[[dict[str, Any]], Any]:
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except AttributeError:
-        raise UsageError(f"--model {printable(text)}: {module_name} has no {function_name}") from None
-    except Exception as error:
+        module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:
         raise UsageError(f"--model {printable(text)} does not import: {one_line(error)}") from None
+    function = getattr(module, function_name, None)
+    if function is None:
+        raise UsageError(f"--model {printable(text)}: {module_name} has no {function_name}")
     if not callable(function):
         raise UsageError(f"--model {printable(text)} is not a function")
     return function  # type: ignore[no-any-return]

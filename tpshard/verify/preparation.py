@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from tpshard.errors import InconclusiveError
+from tpshard.errors import InconclusiveError, printable
 from tpshard.verify.block_tensor import Context
 from tpshard.verify.execution import Subject, call, first_of, on_device, with_first
 from tpshard.verify.lockstep import AllDouble, Lockstep
 from tpshard.verify.models import FactoryModel, Model, TransformersModel, copy_with, one_line, slots
 from tpshard.verify.placement import NOBODY, REFERENCE, Layer, Parameters, find_layers
 from tpshard.verify.sections import outermost_blocks
-from tpshard.verify.values import Weights, shape_of
+from tpshard.verify.values import Weights, layer_of, shape_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,30 +59,31 @@ def prepare(weights: Weights, choice: Choice) -> Subject:
     blocks = outermost_blocks(model.skeleton)
     device = torch.device(choice.device)
     subject = Subject(model, parameters, layers, blocks, inputs, weights.ranks, device, choice.new_lock)
-    called = _called(subject, weights)
+    called, used = _called(subject, weights)
     return replace(
         subject,
-        layers=_settled(subject, layers, set(called)),
+        layers=_settled(subject, layers, set(called), used),
         blocks=[path for path in blocks if path in called],
         stubs={path: form for path, form in called.items() if form is not None},
     )
 
 
-def _called(subject: Subject, weights: Weights) -> dict[str, Any]:
-    """The modules that a forward calls: all parameters zero, which costs nothing; or, where that does not run, with
-    the reference's own. Of blocks, what they return, if its first tensor is like their input's."""
+def _called(subject: Subject, weights: Weights) -> tuple[dict[str, Any], set[str]]:
+    """The modules that a forward calls, and the parameters whose numbers it wants: all parameters zero, which costs
+    nothing; or, where that does not run, with the reference's own. Of blocks, what they return, if its first tensor is
+    like their input's."""
     try:
         return _calls(subject, weights, NOBODY)
-    except Exception:
+    except (Exception, SystemExit):
         try:
             return _calls(subject, weights, REFERENCE)
         except InconclusiveError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise InconclusiveError(f"the unsharded model itself does not run: {one_line(error)}") from None
 
 
-def _calls(subject: Subject, weights: Weights, run: int) -> dict[str, Any]:
+def _calls(subject: Subject, weights: Weights, run: int) -> tuple[dict[str, Any], set[str]]:
     context = Context(weights, torch.get_default_dtype(), subject.device, sound=run == REFERENCE)
     module = copy_with(subject.model.skeleton, subject.parameters.of_run(run, context), subject.device)
     called: dict[str, Any] = {}
@@ -99,22 +100,29 @@ def _calls(subject: Subject, weights: Weights, run: int) -> dict[str, Any]:
         )
     with torch.no_grad(), AllDouble():
         call(module, on_device(subject.inputs, subject.device))
-    return called
+    return called, context.used
 
 
-def _settled(subject: Subject, layers: Sequence[Layer], called: set[str]) -> list[Layer]:
-    """A layer whose own forward is never called (its parent reads its weight) leaves its task to the nearest ancestor
-    that is called."""
+def _settled(subject: Subject, layers: Sequence[Layer], called: set[str], used: set[str]) -> list[Layer]:
+    """A layer whose own forward is never called though its weight is ``used`` (its parent reads it, as
+    nn.MultiheadAttention does with its output projection) leaves its task to the parent, if that calls nothing else;
+    otherwise where it is to be carried out is not known. What is neither called nor used will be told as not reached.
+    """
     taken = {layer.path for layer in layers if layer.path in called}
     settled = [layer for layer in layers if layer.path in taken]
     for layer in layers:
-        parent = layer.path.rpartition(".")[0]
-        if layer.path in called or layer.cut is None:
+        if layer.path in called or _twin_is_called(subject.model.skeleton, layer, taken):
             continue
-        if layer.task in ("row", "gather") and parent and parent in called and parent not in taken:
+        parent = layer.path.rpartition(".")[0]
+        if not any(layer_of(name) == layer.path for name in used):
+            settled.append(layer)
+        elif layer.task in ("whole", "column"):
+            continue  # nothing to do
+        elif parent in called and not any(path and path.rpartition(".")[0] == parent for path in called):
             settled.append(replace(layer, path=parent))
-        elif not _twin_is_called(subject.model.skeleton, layer, taken):
-            settled.append(layer)  # never visited: it will be told as not reached
+        else:
+            what = f"{printable(layer.name)}: its weight is read, but the layer is not called"
+            raise InconclusiveError(what, hint=f"call the layer, so that its task ({layer.task}) has a place")
     return settled
 
 

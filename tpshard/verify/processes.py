@@ -127,11 +127,13 @@ class ProcessLockstep(Lockstep):
         self._group, self._remote = group, False
         self._shared: Any = None
 
-    def exchange(self, me: int, key: str, value: Any) -> list[Any]:
+    def ranks(self, me: int, key: str, value: Any) -> list[Any]:
         local = self.here(me, key, value)
         if me == self.runs[0]:
-            self._meet(key, value)
-            self._shared = self._everybody(local)
+            self._meet(key, local[-1])
+            with self._group._contact("an exchange"):
+                gathered: Any = _Gather.apply(local[-1], self._group.rank, self._group.size)  # type: ignore[no-untyped-call]
+            self._shared = gathered
         return list(self._shared)
 
     def reference(self, me: int, key: str, value: Any) -> Any:
@@ -140,6 +142,14 @@ class ProcessLockstep(Lockstep):
             self._meet(key, value)
             self._shared = self._spread(local[0])
         return self._shared
+
+    def agree_here(self, me: int, key: str, known: dict[Any, Any]) -> dict[Any, Any]:
+        local = self.here(me, key, known)
+        if me == self.runs[0]:
+            self._meet(key, None)
+            self._shared = {item: value for one in local for item, value in one.items()}
+            self._shared = self.agree(self._shared)
+        return dict(self._shared)
 
     def run(self, functions: Sequence[Callable[[], Any]]) -> list[Any]:
         try:
@@ -178,16 +188,6 @@ class ProcessLockstep(Lockstep):
         if len({word[1:] for word in said}) != 1:
             self._remote = True  # everybody sees it
             raise OutOfStepError(f"the ranks are at different layers: {', '.join(sorted({str(w[1]) for w in said}))}")
-
-    def _everybody(self, local: list[Any]) -> list[Any]:
-        """All runs' values: the reference's, then each rank's."""
-        if not isinstance(local[-1], torch.Tensor):
-            gathered = self._group.gathered(local)
-            return [value for values in gathered for value in values]
-        reference = self._spread(local[0] if self._group.rank == 0 else local[-1].detach())
-        with self._group._contact("an exchange"):
-            ranks = _Gather.apply(local[-1], self._group.rank, self._group.size)  # type: ignore[no-untyped-call]
-        return [reference, *ranks]
 
     def _spread(self, value: Any) -> Any:
         """The first process's tensors; the others give some of the same shapes."""

@@ -10,9 +10,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from tpshard.verify.features import feature_axis, joined_by, only, own_part, own_units, wants_whole_input
 from tpshard.verify.lockstep import Lockstep
-from tpshard.verify.placement import REFERENCE, Cut, Layer, is_conv1d
-from tpshard.verify.recurrent import is_recurrent, run_in_steps, steps
+from tpshard.verify.placement import REFERENCE, Layer
+from tpshard.verify.recurrent import (
+    check_steps,
+    is_recurrent,
+    is_sequence,
+    run_in_steps,
+    states_of,
+    steps,
+    with_states,
+)
 
 TOLERANCE = 1e-10  # relative L2, of a seam and of each position: clean runs stay below 1e-14, real faults exceed 4e-4
 LARGEST = 1e-9  # of the reference's root mean square, for a single number
@@ -96,13 +105,6 @@ def difference(got: torch.Tensor, want: torch.Tensor) -> tuple[float, bool]:
     return (error if error == error else float("inf")), not within
 
 
-def feature_axis(module: nn.Module) -> int:
-    """The axis of a layer's output that its weight's out axis becomes, counted from the end; convolutions and their
-    norms have channels in axis 1."""
-    channels = isinstance(module, nn.modules.conv._ConvNd | nn.modules.batchnorm._BatchNorm)
-    return 1 if channels else -1
-
-
 class Hooks:
     """Puts the seams into one run's model: run 0 is the reference, run r + 1 rank r. With ``isolate`` the ranks go on
     from the reference's value after each comparison, so that every faulty layer shows, not only the first."""
@@ -116,7 +118,7 @@ class Hooks:
         modules = dict(model.named_modules())
         for layer in layers:
             module = modules[layer.path]
-            if is_recurrent(module) and layer.cut is not None:
+            if is_recurrent(module) and layer.task in ("column", "gather"):
                 self._attach_recurrent(run, layer, module)
                 continue
             before, after = self._before(run, layer, module), self._after(run, layer, module)
@@ -134,27 +136,29 @@ class Hooks:
     def _before(self, run: int, layer: Layer, module: nn.Module) -> Callable[..., Any] | None:
         if layer.task == "gather input":
             return lambda _, args: self._join_input(run, layer, args)
-        if layer.task in ("column", "gather", "whole") and (isinstance(module, nn.Linear) or is_conv1d(module)):
-            return lambda _, args: self._compare_input(run, layer, args)
+        if wants_whole_input(layer.task, module):
+            return lambda _, args: self._compare_input(run, layer, feature_axis(module), args)
         return None
 
-    def _compare_input(self, run: int, layer: Layer, args: tuple[Any, ...]) -> None:
+    def _compare_input(self, run: int, layer: Layer, axis: int, args: tuple[Any, ...]) -> None:
         """These layers want all of their input: it has to be the reference's on every rank."""
         if not args or not isinstance(args[0], torch.Tensor):
             return
         want = self.lock.reference(run, f"{layer.path}, input", _kept(run, args[0]))
         if run != REFERENCE:
-            self.record.compare(layer.name, "input", run - 1, args[0], want)
+            self.record.compare(layer.name, "input", run - 1, args[0].movedim(axis, -1), want.movedim(axis, -1))
 
     def _join_input(self, run: int, layer: Layer, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Each feature from the lowest rank that has something there: the others hold zeros, or the same."""
         joined = []
         for number, value in enumerate(args):
             if isinstance(value, torch.Tensor) and value.is_floating_point():
-                values = self.lock.exchange(run, f"{layer.path}, input {number}", value)
+                want = self.lock.reference(run, f"{layer.path}, input {number}", _kept(run, value))
+                parts = self.lock.ranks(run, f"{layer.path}, input {number}", value)
                 if run != REFERENCE:
-                    value = self._onwards(_first_nonzero(values[1:]), values[REFERENCE])
-                    self.record.compare(layer.name, "gathered input", run - 1, value, values[REFERENCE])
+                    got = _first_nonzero(parts)
+                    self.record.compare(layer.name, "gathered input", run - 1, got, want)
+                    value = self._onwards(got, want)
             joined.append(value)
         if run == self.lock.runs[0]:
             self.record.gathers += 1
@@ -174,10 +178,9 @@ class Hooks:
         value, put_back = first_tensor(out)
         axis, cut = feature_axis(module), layer.cut if layer.task == "gather" else None
         want = self.lock.reference(run, layer.path, _kept(run, value))
-        given = value if cut is None else value.index_select(axis, _own_part(cut, run).to(value.device))
         if cut is not None and run != REFERENCE:
             self._compare_part(layer, run, value, want, axis, cut.index[run - 1])
-        parts = self.lock.exchange(run, layer.path, given.detach() if run == REFERENCE else given)[1:]
+        parts = self.lock.ranks(run, layer.path, value if cut is None else own_part(value, cut, run, axis))
         self.record.visited.add(layer.path)
         if run == self.lock.runs[0]:
             self.record.gathers += layer.task == "gather"
@@ -185,9 +188,9 @@ class Hooks:
         if run == REFERENCE:
             return None
         if self._joined is None:  # the first of the ranks that are here: the others' is the same
-            self._joined = sum(parts[1:], parts[0]) if cut is None else _join(parts, cut, axis)
+            self._joined = sum(parts[1:], parts[0]) if cut is None else joined_by(parts, cut, axis)
             if run == 1:
-                self.record.compare(layer.name, "output", 0, self._joined, want)
+                self.record.compare(layer.name, "output", 0, *(t.movedim(axis, -1) for t in (self._joined, want)))
         joined = self._joined.clone()
         if run == self.lock.runs[-1]:
             self._joined = None
@@ -224,47 +227,62 @@ class Hooks:
 
     # ---------------------------------------------------------------------------------------- recurrent layers
 
-    def _attach_recurrent(self, run: int, layer: Layer, module: nn.Module) -> None:
-        """LSTM, GRU and RNN meet after every step: each rank has its own units of the hidden state."""
-        assert isinstance(module, nn.RNNBase)
-        assert layer.cut is not None
-        if run == REFERENCE:  # torch's own code, which then keeps step with the ranks
-            self._handles.append(module.register_forward_pre_hook(lambda module, _: _set_flat_weights(module)))
-            keep_step = lambda module, args, out: self._keep_step(layer, module, args, out)  # noqa: E731
-            self._handles.append(module.register_forward_hook(keep_step))
-            return
-        first = [own[own < module.hidden_size] for own in layer.cut.first]
-
-        def join(key: str, hidden: torch.Tensor) -> torch.Tensor:
-            values = self.lock.exchange(run, f"{layer.path}, {key}", hidden)
-            joined = torch.zeros_like(hidden)
-            for value, own in zip(values[1:], first, strict=True):
-                joined = joined.index_copy(-1, own, value.index_select(-1, own))
-            return joined
-
-        def forward(input: torch.Tensor, hx: Any = None) -> Any:
-            out = run_in_steps(module, input, hx, join)
-            return self._compare_recurrent(run, layer, out)
-
+    def _attach_recurrent(self, run: int, layer: Layer, module: Any) -> None:
+        """LSTM, GRU and RNN meet after every step: each rank has its own units of the hidden state. The reference
+        runs torch's own code, and then keeps step with the ranks."""
         was = module.forward
+
+        def forward(input: Any, hx: Any = None) -> Any:
+            self._compare_input(run, layer, -1, (input,))
+            out = self._in_steps(run, layer, module, was, input, hx) if is_sequence(module) else was(input, hx)
+            return self._meet_recurrent(run, layer, module, out)
+
         module.forward = forward
         self._handles.append(_Restored(module, was))
 
-    def _keep_step(self, layer: Layer, module: nn.RNNBase, args: tuple[Any, ...], out: Any) -> Any:
-        for step in steps(module, args[0].shape[1 if module.batch_first else 0]):
-            self.lock.exchange(REFERENCE, f"{layer.path}, {step}", torch.zeros(()))
-        return self._compare_recurrent(REFERENCE, layer, out)
+    def _in_steps(self, run: int, layer: Layer, module: Any, was: Callable[..., Any], input: Any, hx: Any) -> Any:
+        check_steps(layer.path, module, input)
 
-    def _compare_recurrent(self, run: int, layer: Layer, out: Any) -> Any:
-        value, put_back = first_tensor(out)
-        reference = self.lock.reference(run, layer.path, _kept(run, value))
+        def join(step: str, hidden: torch.Tensor) -> torch.Tensor:
+            own = None if run == REFERENCE else own_units(layer, module, hidden)
+            given = hidden if own is None else own_part(hidden, own, run, -1)
+            parts = self.lock.ranks(run, f"{layer.path}, {step}", given)
+            if run == self.lock.runs[0]:
+                self.record.gathers += 1
+            return hidden if own is None else joined_by(parts, own, -1)
+
+        if run != REFERENCE:
+            return run_in_steps(module, input, hx, join)
+        out = was(input, hx)
+        for step in steps(module, input):
+            join(step, torch.zeros(()))
+        return out
+
+    def _meet_recurrent(self, run: int, layer: Layer, module: Any, out: Any) -> Any:
+        """What such a layer returns: joined at gather, else the rank's own units of it."""
+        states = list(states_of(out))
+        wanted = self.lock.reference(run, layer.path, [_kept(run, state) for state in states])
+        cuts = [own_units(layer, module, state) for state in states]
+        parts = [
+            self.lock.ranks(run, f"{layer.path}, {place}", own_part(state, own, run, -1))
+            for place, (state, own) in enumerate(zip(states, cuts, strict=True))
+        ]
         self.record.visited.add(layer.path)
         if run == self.lock.runs[0]:
-            self.record.gathers += 1
+            self.record.gathers += layer.task == "gather" and not is_sequence(module)
+            self.record.open_cuts += [layer.name] if layer.task == "column" else []
         if run == REFERENCE:
-            return None
-        self.record.compare(layer.name, "output", run - 1, value, reference)
-        return put_back(self._onwards(value, reference))
+            return out
+        met = []
+        for want, state, own, given in zip(wanted, states, cuts, parts, strict=True):
+            if layer.task == "gather":
+                got, right, what = joined_by(given, own, -1), want, "output"
+            else:
+                mine = own.index[run - 1]
+                got, right, what = only(state, mine), only(want, mine), "own part of the output"
+            self.record.compare(layer.name, what, run - 1, got, right)
+            met.append(self._onwards(got, right))
+        return with_states(out, iter(met))
 
 
 class _Restored:
@@ -275,11 +293,6 @@ class _Restored:
 
     def remove(self) -> None:
         self._module.forward = self._forward
-
-
-def _set_flat_weights(module: nn.RNNBase) -> None:
-    """torch keeps a list of the weights beside the parameters."""
-    module._flat_weights = [getattr(module, name).dense() for name in module._flat_weights_names]
 
 
 def first_tensor(out: Any) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
@@ -294,25 +307,6 @@ def first_tensor(out: Any) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]
 def _kept(run: int, value: torch.Tensor) -> torch.Tensor:
     """The reference's value is copied, since its own code may go on to change it in place."""
     return value.detach().clone() if run == REFERENCE else value.detach()
-
-
-def _own_part(cut: Cut, run: int) -> torch.Tensor:
-    """What a rank gives of its cut output: what no lower rank holds, and then the first feature again and again, so
-    that all give as many. The reference gives anything."""
-    own = cut.first[max(run, 1) - 1]
-    length = max(map(len, cut.first))
-    return torch.cat([own, own.new_zeros(length - len(own))])
-
-
-def _join(parts: Sequence[torch.Tensor], cut: Cut, axis: int) -> torch.Tensor:
-    """Each feature from the lowest rank that holds it."""
-    joined = torch.cat([part.narrow(axis, 0, len(own)) for part, own in zip(parts, cut.first, strict=True)], dim=axis)
-    order = torch.argsort(torch.cat(cut.first))
-    return (
-        joined
-        if bool((order == torch.arange(len(order))).all())
-        else joined.index_select(axis, order.to(joined.device))
-    )
 
 
 def _first_nonzero(values: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -63,7 +63,7 @@ def run_generic(subject: Subject, weights: Weights, way: Way) -> Outcome:
 def self_test(subject: Subject, weights: Weights, visited: set[str]) -> CheckResult:
     """Noise below the tolerance by a hundred times, every canary above it by a thousand."""
     try:
-        noise = _noise(subject, weights)
+        noise = noise_of(subject, weights)
         trials = list(_trials(subject, weights, visited))
     except InconclusiveError as error:
         return CheckResult("self-test", unproven=f"with generic weights: {error}")
@@ -120,7 +120,7 @@ def _try(subject: Subject, weights: Weights, canary: Canary) -> Trial:
     return best
 
 
-def _noise(subject: Subject, weights: Weights) -> float:
+def noise_of(subject: Subject, weights: Weights) -> float:
     """The unsharded model twice, the second time its sums in another order."""
     outputs = []
     generic = GenericWeights(weights)
