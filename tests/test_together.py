@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests import a_model
+from tests import a_model, some_models
 from tests.tampering import Folder, write_file
 from tests.test_verify import POLICY
 from tests.tiny_models import save_model
@@ -88,6 +88,19 @@ def test_several_processes_say_what_one_says(tp: int, net: Path) -> None:
     assert [code for code, _, _ in ended] == [0] * tp, ended
     assert [(out, errors) for _, out, errors in ended[1:]] == [("", "")] * (tp - 1)  # one report, from the first
     alone = verify(Request(net / f"tp{tp}", against=net / "net", factory="tests.a_model:build", workers=1))
+    assert comparable(json.loads(ended[0][1])) == comparable(alone.as_json())
+
+
+def test_hidden_states_meet_after_every_step(tmp_path: Path) -> None:
+    """13 hidden units on two ranks: seven and six. The reference runs torch's own LSTM and keeps step."""
+    some_models.save("lstm both ways", tmp_path / "model")
+    policy = some_models.save_policy("lstm both ways", tmp_path / "policy.yaml")
+    run(plan_split(tmp_path / "model", tmp_path / "shards", 2, str(policy)))
+    factory = "tests.some_models:build"
+    given = [str(tmp_path / "shards"), "--against", str(tmp_path / "model"), "--model", factory, "--json"]
+    ended = start(2, given)
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    alone = verify(Request(tmp_path / "shards", against=tmp_path / "model", factory=factory, workers=1))
     assert comparable(json.loads(ended[0][1])) == comparable(alone.as_json())
 
 
