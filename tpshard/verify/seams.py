@@ -15,6 +15,7 @@ from tpshard.verify.recurrent import is_recurrent, run_in_steps, steps
 
 TOLERANCE = 1e-10  # relative L2, of a seam and of each position: clean runs stay below 1e-14, real faults exceed 4e-4
 LARGEST = 1e-9  # of the reference's root mean square, for a single number
+OWN_PART = "own part of the output"  # of a column layer; everything else that is compared is whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,8 @@ class Record:
     positions: int = 0
     gathers: int = 0
     visited: set[str] = field(default_factory=set)
-    stop_above: float | None = None  # an error that is enough: the run ends there
+    stop_above: float | None = None  # an error that is enough in what is whole: the run ends there
+    followed: bool = True  # to what is whole; not where layers are isolated or a rank broke down
     open_cuts: list[str] = field(default_factory=list)  # column layers since the ranks last met
 
     def compare(self, layer: str, what: str, rank: int, got: torch.Tensor, want: torch.Tensor) -> None:
@@ -49,12 +51,27 @@ class Record:
         error, wrong = difference(got.detach(), want.detach())
         self.positions += want.numel() // max(1, want.shape[-1]) if want.ndim else 1
         self.seams.append(Seam(layer, what, rank, error, wrong, tuple(self.open_cuts[-4:]) if wrong else ()))
-        if self.stop_above is not None and error >= self.stop_above:
+        if self.stop_above is not None and error >= self.stop_above and what != OWN_PART:
             raise EnoughError
 
     @property
+    def moved(self) -> tuple[str, ...]:
+        """Layers of which ranks hold other numbers than the reference at the same places, while all that is whole is
+        the reference's: cells that changed places together, such as channels of up and down. The function is equal
+        (that the bytes differ, the weights check says)."""
+        wrong = [seam for seam in self.seams if seam.wrong]
+        if not self.followed or any(seam.what != OWN_PART for seam in wrong):
+            return ()
+        return tuple(dict.fromkeys(seam.layer for seam in wrong))
+
+    @property
+    def counted(self) -> list[Seam]:
+        """The comparisons that decide: where cells only moved, those of what is whole."""
+        return [seam for seam in self.seams if seam.what != OWN_PART] if self.moved else self.seams
+
+    @property
     def worst(self) -> float:
-        return max((seam.error for seam in self.seams), default=0.0)
+        return max((seam.error for seam in self.counted), default=0.0)
 
 
 def difference(got: torch.Tensor, want: torch.Tensor) -> tuple[float, bool]:
@@ -185,7 +202,7 @@ class Hooks:
             return None  # where the layer's features are not its weight's rows, its consumer will tell
         own = cut.index[run - 1].to(value.device)
         mine, theirs = (tensor.index_select(axis, own).movedim(axis, -1) for tensor in (value, reference))
-        self.record.compare(layer.name, "own part of the output", run - 1, mine, theirs)
+        self.record.compare(layer.name, OWN_PART, run - 1, mine, theirs)
         if not self.isolate:
             return None
         wanted = reference.index_select(axis, own)
