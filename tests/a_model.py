@@ -58,6 +58,47 @@ class NetThatDies(NetThatUsesAll):
         return super().forward(tokens)
 
 
+def is_a_rank(model: Net) -> bool:
+    """Whether some channels are another's."""
+    return bool((model.up.weight == 0).all(dim=1).any())
+
+
+class NetThatLosesAnOutput(Net):
+    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+        x = self.words(tokens)
+        outputs = self.head(self.norm(x + self.down(torch.relu(self.up(x))))), self.unused(x)
+        return outputs[:1] if is_a_rank(self) else outputs
+
+
+class _TurnedOnTheWayBack(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return gradient.flip(-1)
+
+
+class NetThatTurnsGradients(NetThatUsesAll):
+    """Right forward; on the ranks the output's gradient has its features in reverse."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        output = super().forward(tokens)
+        turned: torch.Tensor = _TurnedOnTheWayBack.apply(output)
+        return turned if is_a_rank(self) else output
+
+
+class NetThatForgetsGradients(NetThatUsesAll):
+    """Right forward; on the ranks nothing before the norm's output learns."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.words(tokens)
+        x = self.norm(x + self.down(torch.relu(self.up(x))))
+        x = x.detach() if is_a_rank(self) else x
+        return torch.cat([self.head(x), self.unused(x)], dim=-1)
+
+
 TOKENS = torch.arange(0, 100, 2).reshape(2, 25)
 
 
@@ -75,6 +116,18 @@ def build_breaking(config: dict[str, Any]) -> tuple[nn.Module, tuple[torch.Tenso
 
 def build_other_way(config: dict[str, Any]) -> tuple[nn.Module, tuple[torch.Tensor]]:
     return NetThatTakesAnotherWay(), (TOKENS,)
+
+
+def build_losing_an_output(config: dict[str, Any]) -> tuple[nn.Module, tuple[torch.Tensor]]:
+    return NetThatLosesAnOutput(), (TOKENS,)
+
+
+def build_turning_gradients(config: dict[str, Any]) -> tuple[nn.Module, tuple[torch.Tensor]]:
+    return NetThatTurnsGradients(), (TOKENS,)
+
+
+def build_forgetting_gradients(config: dict[str, Any]) -> tuple[nn.Module, tuple[torch.Tensor]]:
+    return NetThatForgetsGradients(), (TOKENS,)
 
 
 def build_another(config: dict[str, Any]) -> tuple[nn.Module, tuple[torch.Tensor]]:

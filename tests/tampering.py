@@ -60,7 +60,47 @@ class Folder:
     ) -> None:
         self.change_file(rank, lambda tensors: tensors.update({name: change(*tensors[name])}))
 
+    # ------------------------------------------------------------------------------------------ names
+
+    def names(self, part: str) -> list[str]:
+        return [entry["name"] for entry in self.manifest["tensors"] if part in entry["name"]]
+
+    def held(self, ending: str) -> str | None:
+        """The tensor whose name ends so, if there is one."""
+        return next((name for name in self.names(ending) if name.endswith(ending)), None)
+
+    def find(self, ending: str) -> str:
+        name = self.held(ending)
+        assert name is not None, ending
+        return name
+
+    def is_cut(self, name: str) -> bool:
+        datas = [read_file(self.file(rank))[1][name][2] for rank in self.ranks]
+        return any(data != datas[0] for data in datas)
+
     # ------------------------------------------------------------------------------------------ bytes
+
+    def rearrange(self, name: str, rank: int, change: Callable[[np.ndarray], np.ndarray]) -> None:
+        """Other numbers, or the same elsewhere, in a tensor of the same shape."""
+
+        def changed(dtype: str, shape: list[int], data: bytes) -> tuple[str, list[int], bytes]:
+            new = change(np.frombuffer(data, NUMPY[dtype]).reshape(shape))
+            assert list(new.shape) == shape, name
+            return dtype, shape, new.tobytes()
+
+        self.change(name, rank, changed)
+
+    def exchange_ranks(self, name: str, one: int, other: int) -> None:
+        first, second = (read_file(self.file(rank))[1][name] for rank in (one, other))
+        assert first[1] == second[1], name
+        self.change(name, one, lambda *_: second)
+        self.change(name, other, lambda *_: first)
+
+    def pad_rows(self, name: str, count: int) -> None:
+        for rank in self.ranks:
+            self.change(
+                name, rank, lambda d, s, data: (d, [s[0] + count, *s[1:]], data + bytes(len(data) // s[0] * count))
+            )
 
     def flip_bit(self, name: str, rank: int, byte: int) -> None:
         def flip(dtype: str, shape: list[int], data: bytes) -> tuple[str, list[int], bytes]:
@@ -90,9 +130,9 @@ class Folder:
 
             self.change_file(rank, swap)
 
-    def rename_layers(self, one: int, other: int) -> None:
+    def rename_layers(self, one: str, other: str) -> None:
         def renamed(name: str) -> str:
-            a, b = f"layers.{one}.", f"layers.{other}."
+            a, b = f"{one}.", f"{other}."
             return name.replace(a, b) if a in name else name.replace(b, a)
 
         for rank in self.ranks:
@@ -147,14 +187,24 @@ class Folder:
         (self.path / name).parent.mkdir(exist_ok=True)
         (self.path / name).write_text(content)
 
-    def edit(self, change: Callable[[dict[str, Any]], object]) -> None:
-        """Change the manifest and leave its seal as it was."""
+    def edit(self, change: Callable[[dict[str, Any]], object], seal: bool = False) -> None:
+        """Change the manifest; unless ``seal``, leave its seal as it was."""
         change(self.manifest)
+        if seal:
+            self._seal()
         (self.path / "tpshard.json").write_text(json.dumps(self.manifest))
 
+    def prefix_manifest(self, begin: str) -> None:
+        """Another text in place of the manifest's opening brace."""
+        (self.path / "tpshard.json").write_text(begin + json.dumps(self.manifest)[1:])
+
     def edit_config(self, **fields: object) -> None:
+        """None: without the field."""
         path = self.path / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+        changed = json.loads(path.read_text()) | fields
+        path.write_text(
+            json.dumps({key: value for key, value in changed.items() if key not in fields or value is not None})
+        )
 
     def entry(self, name: str) -> dict[str, Any]:
         return next(entry for entry in self.manifest["tensors"] if entry["name"] == name)
@@ -173,10 +223,13 @@ class Folder:
             for rank, tensors in enumerate(held):
                 if entry.get("shards", [None] * len(held))[rank] and entry["name"] in tensors:
                     entry["shards"][rank] = _digest(tensors[entry["name"]][2])
+        self._seal()
+        (self.path / "tpshard.json").write_text(json.dumps(self.manifest))
+
+    def _seal(self) -> None:
         self.manifest.pop("seal", None)
         canonical = json.dumps(self.manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         self.manifest["seal"] = hashlib.sha256(canonical.encode()).hexdigest()
-        (self.path / "tpshard.json").write_text(json.dumps(self.manifest))
 
 
 def _digest(data: bytes) -> str:

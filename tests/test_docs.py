@@ -26,6 +26,7 @@ def test_sessions_print_what_the_page_shows(page: Path, tmp_path: Path) -> None:
 def test_generated_pages_are_fresh() -> None:
     assert (ROOT / "docs/cli.md").read_text("utf-8") == docs_pages.cli_page(), "run: python -m tests.docs_pages"
     assert (ROOT / "docs/errors.md").read_text("utf-8") == docs_pages.errors_page(), "run: python -m tests.docs_pages"
+    assert (ROOT / "docs/faults.md").read_text("utf-8") == docs_pages.faults_page(), "run: python -m tests.docs_pages"
 
 
 def test_every_command_has_an_example() -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -18,11 +17,20 @@ import pytest
 import transformers
 
 from tests import tiny_models
-from tests.faults import last_rank_takes_more, like_a_column, overlapping_row, reverse
+from tests.planting import (
+    along,
+    eight_heads,
+    last_rank_takes_more,
+    like_a_column,
+    overlapping_row,
+    reverse,
+    same,
+    whole,
+)
 from tests.test_policies import MODEL_TYPES, variants
 from tpshard.checkpoint import Checkpoint, open_shards
 from tpshard.convert import plan_split, run
-from tpshard.layout import Layout, Shard, Span
+from tpshard.layout import Layout, Shard
 from tpshard.library import builtin_policies
 from tpshard.roles import Role
 from tpshard.verify.families import FAMILIES, TIED_BY_DEFAULT, are_tied, sizes_of
@@ -77,24 +85,6 @@ def said(shards: Checkpoint) -> list[str]:
     return [str(finding) for finding in result.findings]
 
 
-def whole(layout: Layout) -> Layout:
-    return Layout.replicated(layout.shape, layout.ranks)
-
-
-def along(axis: int, edges: list[int], own: int = 0) -> Change:
-    """Cut along an axis at ``edges``, the ranks' own tensors ``own`` long (0: as long as what they hold)."""
-
-    def change(layout: Layout) -> Layout:
-        runs = [(Span(a, b),) for a, b in itertools.pairwise(edges)]
-        return Layout.along(layout.shape, axis, runs, [own or run.size for (run,) in runs])
-
-    return change
-
-
-def same(layout: Layout) -> Layout:
-    return layout
-
-
 # ---------------------------------------------------------------------------------------------- what is known
 
 
@@ -117,17 +107,6 @@ def test_defaults_are_those_of_the_config_class(model_type: str) -> None:
     sizes = sizes_of({"model_type": model_type, **given})
     assert sizes
     assert sizes.head == (getattr(config, "head_dim", None) or 10)
-
-
-def eight_heads(model_type: str) -> dict[str, Any]:
-    """Eight heads of ten; of nine in encoders."""
-    match model_type:
-        case "gpt2":
-            return {"n_embd": 72, "n_head": 8}
-        case "distilbert":
-            return {"dim": 72, "n_heads": 8}
-    hidden = tiny_models.SIZES[model_type]["hidden_size"]
-    return {"num_attention_heads": 8, "hidden_size": {60: 80, 66: 72}.get(hidden, hidden)}
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tests.tiny_models import save_model
 from tpshard.convert import plan_merge, plan_split, run
 from tpshard.errors import InputError, TpshardError, UsageError
 from tpshard.layout import Layout, Span
+from tpshard.verify.gradients import Difference
 from tpshard.verify.inputs import token_ids
 from tpshard.verify.layout import balanced
 from tpshard.verify.lockstep import AllDouble, Lockstep, OutOfStepError, RunError
@@ -24,6 +26,7 @@ from tpshard.verify.report import CheckResult, Finding, Report, Verdict
 from tpshard.verify.request import LEVELS, Request
 from tpshard.verify.run import verify
 from tpshard.verify.seams import difference
+from tpshard.verify.sections import judged
 
 POLICY = """
 name: net
@@ -106,6 +109,23 @@ def test_without_the_source_its_digests_stand_in(llama: Path) -> None:
     assert "digests recorded of the source" in report.checks[1].notes[0]
 
 
+def test_every_cell_of_the_source_has_a_holder(net: Path, tmp_path: Path) -> None:
+    """A word that no token names is in no shard: with the source at hand and without."""
+
+    def all_but_the_last(layout: Layout) -> Layout:
+        return Layout.along(layout.shape, 0, [(Span(0, 50),), (Span(50, 100),)], [50, 50])
+
+    conversion = plan_split(net, tmp_path / "shards", 2, str(tmp_path / "net.yaml"))
+    items = [
+        replace(i, want=all_but_the_last(i.want)) if "words" in i.stored.name else i for i in conversion.plan.items
+    ]
+    run(replace(conversion, plan=replace(conversion.plan, items=tuple(items))))
+    for against in (net, None):
+        report = verify(Request(tmp_path / "shards", against=against, level="weights", workers=1))
+        (finding,) = report.checks[1].findings
+        assert str(finding) == "words.weight: cells [100, 0] to [100, 13] are held by no rank"
+
+
 def test_the_source_is_not_the_one_that_was_cut(llama: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     save_model("qwen2", other, kv_heads=2)
@@ -126,7 +146,35 @@ def test_not_a_shard_folder(llama: Path) -> None:
         verify(Request(llama))
 
 
+def test_a_verdict_is_not_kept(llama: Path, tmp_path: Path) -> None:
+    """The same request of the same folder, changed in between."""
+    run(plan_split(llama, tmp_path / "shards", 2))
+    request = Request(tmp_path / "shards", against=llama, level="weights", workers=1)
+    assert verify(request).verdict is Verdict.PASS
+    Folder(tmp_path / "shards").flip_bit("model.norm.weight", 1, 0)
+    assert verify(request).verdict is Verdict.FAIL
+
+
 # ------------------------------------------------------------------------------------------ bytes
+
+
+@pytest.mark.parametrize(
+    ("stored", "found"),
+    [(b"\x00\x00\x00\x00", b"\x00\x00\x00\x80"), (b"\x00\x00\xc0\x7f", b"\x01\x00\xc0\x7f")],
+    ids=["zero and -0.0", "one NaN and another"],
+)
+def test_bytes_are_compared_and_not_numbers(stored: bytes, found: bytes, tmp_path: Path) -> None:
+    source, name = tmp_path / "model", "model.layers.1.mlp.up_proj.weight"
+    save_model("qwen2", source, kv_heads=2)
+    metadata, tensors = read_file(source / "model.safetensors")
+    dtype, shape, data = tensors[name]
+    tensors[name] = (dtype, shape, data[: 30 * 44 * 4] + stored + data[30 * 44 * 4 + 4 :])  # row 30: row 4 of rank 1
+    write_file(source / "model.safetensors", metadata, tensors)
+    folder = Folder(split(source, 2))
+    folder.set_bytes(name, 1, 4 * 44 * 4, found)
+    folder.reseal()
+    (finding,) = verify(Request(folder.path, against=source, level="weights", workers=1)).checks[1].findings
+    assert f"{name}, rank 1: first bad element [4, 0]" in str(finding)
 
 
 def test_padding_must_be_zero(llama: Path, tmp_path: Path) -> None:
@@ -281,6 +329,74 @@ def test_seeds_change_the_tokens_and_every_stratum_is_met() -> None:
     assert token_ids(5, 99, 2, 0).max() <= 4
 
 
+def test_every_position_is_compared(llama: Path, tmp_path: Path) -> None:
+    """Words that no sequence begins or ends with: their embedding is wrong on the rank that holds them."""
+    run(plan_split(llama, tmp_path / "shards", 2))
+    folder, name = Folder(tmp_path / "shards"), "model.embed_tokens.weight"
+    tokens = token_ids(1003, 38, 2, 0)
+    outer = {int(word) for word in tokens[:, [0, -1]].flatten()}
+    inner = {int(word) for word in tokens[:, 1:-1].flatten()} - outer
+
+    def spoilt(rows: np.ndarray) -> np.ndarray:
+        rows = rows.copy()
+        rows[[word for word in inner if word < 502]] += 1
+        return rows
+
+    folder.rearrange(name, 0, spoilt)
+    folder.reseal()
+    forward = verify(Request(folder.path, against=llama, level="forward", workers=1)).checks[3]
+    assert forward.findings[0].layer == "model.embed_tokens"
+
+
+def test_a_tensor_that_the_checkpoint_lacks_is_not_made_up(tmp_path: Path) -> None:
+    source, name = tmp_path / "model", "model.layers.1.mlp.up_proj.weight"
+    save_model("qwen2", source, kv_heads=2)
+    metadata, tensors = read_file(source / "model.safetensors")
+    del tensors[name]
+    write_file(source / "model.safetensors", metadata, tensors)
+    report = verify(Request(split(source, 2), against=source, workers=1))
+    assert report.verdict is Verdict.INCONCLUSIVE
+    assert f"the checkpoint gives Qwen2ForCausalLM no {name} (1 such tensors)" in str(report.checks[3].reason)
+
+
+def test_an_output_more_than_the_ranks_have_is_found(net: Path) -> None:
+    factory = "tests.a_model:build_losing_an_output"
+    report = verify(Request(split_net(net), against=net, level="forward", factory=factory, workers=1))
+    assert verdicts(report)["forward"] is Verdict.FAIL
+
+
+@pytest.mark.parametrize("factory", ["build_turning_gradients", "build_forgetting_gradients"])
+def test_what_is_wrong_on_the_way_back_only(factory: str, net: Path) -> None:
+    """A loss that is a sum would not see the one, a comparison of the gradients that there are not the other."""
+    report = verify(Request(split_net(net), against=net, factory=f"tests.a_model:{factory}", workers=1))
+    found = verdicts(report)
+    assert found["forward"] is Verdict.PASS
+    assert found["backward"] is Verdict.FAIL
+    assert report.checks[4].figures["worst_relative_error"] > 1e-3  # of the random cotangents, not of the loss
+
+
+def test_cells_that_moved_together_are_told_and_their_function_is_equal(llama: Path, tmp_path: Path) -> None:
+    """Channels in another order in up, gate and down; then in up and gate only."""
+    run(plan_split(llama, tmp_path / "shards", 2))
+    folder, layer = Folder(tmp_path / "shards"), "model.layers.1.mlp"
+    for leaf in ("up_proj", "gate_proj"):
+        folder.rearrange(f"{layer}.{leaf}.weight", 1, lambda rows: rows[::-1])
+    folder.rearrange(f"{layer}.down_proj.weight", 1, lambda rows: rows[:, ::-1])
+    folder.reseal()
+    report = verify(Request(folder.path, against=llama, workers=1))
+    (found,) = [name for name, verdict in verdicts(report).items() if verdict is not Verdict.PASS]
+    assert found == "weights"
+    note = f"the same places in {layer}.gate_proj, {layer}.up_proj, but all that is whole is the same"
+    assert any(note in text for text in report.checks[3].notes)
+    assert report.checks[3].figures["worst_relative_error"] < 1e-12
+
+    folder.rearrange(f"{layer}.down_proj.weight", 1, lambda rows: rows[:, ::-1])
+    folder.reseal()
+    report = verify(Request(folder.path, against=llama, workers=1))
+    assert report.checks[3].findings[0].layer == f"{layer}.gate_proj"
+    assert verdicts(report)["backward"] is Verdict.FAIL
+
+
 # ------------------------------------------------------------------------------------------ comparing
 
 
@@ -291,18 +407,28 @@ def test_difference_is_never_fooled() -> None:
     for bad in (float("nan"), float("inf")):
         got = want.clone()
         got[2, 3, 6] = bad
-        assert difference(got, want)[1]
+        assert difference(got, want) == (float("inf"), True)
     assert difference(want[:, :, :6], want) == (float("inf"), True)  # never broadcast
     assert difference(want[:1], want)[1]
+    assert difference(torch.ones(3, 1), torch.ones(1, 3))[1]
     tiny = want.clone()
     tiny[1, 2, 3] += 1e-8
     assert difference(tiny, want)[1]
     one_position = want.clone()
     one_position[0, 1] *= 1 + 3e-10  # within tolerance over all, not in this position
     assert difference(one_position, want)[1]
+    many = torch.randn(2, 24, 50, dtype=torch.float64)
+    one_of_many = many.clone()
+    one_of_many[1, 7] *= 1 + 2e-10  # a mean over all positions is 3e-11
+    assert difference(one_of_many, many)[1]
     zeros = torch.zeros(2, 2, dtype=torch.float64)
     assert difference(zeros, zeros) == (0.0, False)
     assert difference(zeros + 1e-300, zeros)[1]
+
+
+def test_a_gradient_that_is_no_number_is_wrong() -> None:
+    right, no_number = Difference("a", 0.0, 4.0, 4), Difference("b", float("nan"), 4.0, 4)
+    assert [(g.error, g.wrong) for g in judged("block", [right, no_number])] == [(0.0, False), (float("inf"), True)]
 
 
 def test_lockstep_gives_everybody_everything_in_turn() -> None:

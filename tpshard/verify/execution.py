@@ -54,7 +54,7 @@ class Outcome:
     @property
     def is_right(self) -> bool:
         """Whether forward found nothing wrong."""
-        return self.failure is None and not any(seam.wrong for seam in self.record.seams)
+        return self.failure is None and not any(seam.wrong for seam in self.record.counted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ def with_first(form: Any, tensor: torch.Tensor | None) -> Any:
 class _Execution:
     def __init__(self, subject: Subject, weights: Weights, way: Way, lock: Lockstep) -> None:
         self.subject, self.way, self.lock = subject, way, lock
-        self.record = Record(stop_above=way.stop_above)
+        self.record = Record(stop_above=way.stop_above, followed=not way.isolate)
         self.contexts = {run: self._context(weights, run) for run in lock.runs}
         self.sections = Sections(lock, self.contexts, subject.ranks, way.seed)
         self.gradients: list[Gradient] = []
@@ -137,6 +137,7 @@ class _Execution:
             outputs = self.lock.run([self._caller(run, module) for run, module in modules.items()])
         except RunError as error:
             failure = self._accepted(error)
+            self.record.followed = self.record.followed and failure is None
         finally:
             hooks.remove()
             self.sections.remove()

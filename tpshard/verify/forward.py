@@ -18,7 +18,7 @@ from tpshard.verify.preparation import never_called
 from tpshard.verify.report import CheckResult, Finding, Table, error_size
 from tpshard.verify.seams import TOLERANCE, Record, Seam
 from tpshard.verify.sections import Gradient
-from tpshard.verify.values import Weights
+from tpshard.verify.values import Weights, layer_of
 
 MOST_NAMED = 10
 
@@ -58,7 +58,7 @@ def forward_result(
             "worst_relative_error": record.worst,
             "tolerance": TOLERANCE,
             "gathers": record.gathers,
-            "first_diverging": next((seam.layer for seam in record.seams if seam.wrong), None),
+            "first_diverging": next((seam.layer for seam in record.counted if seam.wrong), None),
             "native": native.as_json() if isinstance(native, NativeFigures) else None,
         },
     )
@@ -68,7 +68,7 @@ def _layer_table(subject: Subject, record: Record) -> Table:
     """Every layer's largest error, the worst first."""
     tasks = {layer.name: layer.task for layer in subject.layers}
     worst: dict[str, float] = {}
-    for seam in record.seams:
+    for seam in record.counted:
         worst[seam.layer] = max(seam.error, worst.get(seam.layer, 0.0))
     ordered = sorted(worst.items(), key=lambda item: -item[1])
     rows = tuple((name, tasks.get(name, "-"), error_size(error, TOLERANCE)) for name, error in ordered)
@@ -91,19 +91,20 @@ def backward_result(
 ) -> CheckResult:
     """What the comparison of all gradients amounts to; ``loss``: a loss's name, and what its gradients showed."""
     recipes = subject.model.recipes
-    gradients = outcome.gradients
-    met = {gradient.parameter for gradient in gradients if gradient.parameter}
+    gradients = _counted(outcome.gradients, outcome, subject)
+    met = {gradient.parameter for gradient in outcome.gradients if gradient.parameter}
     idle = sorted({recipes[name].names[0] for name in recipes if name not in met} - _of(recipes, met))
     worst = max((gradient.error for gradient in gradients), default=0.0)
     notes = [f"largest relative error {worst:.1e}, tolerance {TOLERANCE:.0e}, float64, random cotangents"]
     if idle:
-        notes.append(f"no gradient reaches {', '.join(map(printable, idle[:3]))}{', ...' if len(idle) > 3 else ''}")
+        notes.append(f"no gradient reaches {_some(idle)}")
     findings = [_gradient_finding(gradient, subject) for gradient in gradients if gradient.wrong]
     of_loss = None
     if loss is not None and loss[1].failure is None:
-        of_loss = max((gradient.error for gradient in loss[1].gradients), default=0.0)
+        through = _counted(loss[1].gradients, outcome, subject)
+        of_loss = max((gradient.error for gradient in through), default=0.0)
         notes.append(f"of a real loss ({loss[0]}, through the whole model): {of_loss:.1e}")
-        findings = findings or [_gradient_finding(g, subject) for g in loss[1].gradients if g.wrong]
+        findings = findings or [_gradient_finding(g, subject) for g in through if g.wrong]
     if outcome.failure is not None and not findings:
         findings = [_broken(outcome)]
     return CheckResult(
@@ -148,6 +149,12 @@ def generic_result(subject: Subject, weights: Weights, outcome: Outcome) -> Chec
     )
 
 
+def _counted(gradients: Sequence[Gradient], outcome: Outcome, subject: Subject) -> list[Gradient]:
+    """Those that decide: where cells changed places together, gradients of cut layers' parameters did so with them."""
+    cut = {layer.path for layer in subject.layers if layer.cut is not None} if outcome.record.moved else set()
+    return [gradient for gradient in gradients if layer_of(gradient.parameter) not in cut]
+
+
 def _of(recipes: object, names: set[str]) -> set[str]:
     return {recipe.names[0] for name, recipe in recipes.items() if name in names}  # type: ignore[attr-defined]
 
@@ -174,7 +181,7 @@ def _findings(outcome: Outcome, isolate: bool) -> Iterator[Finding]:
     """The first seam that differs, in the order of execution (with ``isolate`` one of each layer); and a rank whose
     model broke down."""
     seen: set[str] = set()
-    for seam in outcome.record.seams:
+    for seam in outcome.record.counted:
         if seam.wrong and seam.layer not in seen and (isolate or not seen):
             seen.add(seam.layer)
             yield Finding(_sentence(seam), layer=seam.layer, rank=seam.rank, error=seam.error, tolerance=TOLERANCE)
@@ -188,9 +195,14 @@ def _notes(subject: Subject, record: Record, idle: Sequence[str]) -> Iterator[st
         yield f"{record.gathers} gathers hide the layouts of their own layers from this check"
     for what, names in (("not used by the model", subject.model.unused), ("not reached, whole on every rank", idle)):
         if names:
-            yield f"{what}: {', '.join(map(printable, names[:3]))}{', ...' if len(names) > 3 else ''}"
-    first = next((seam.layer for seam in record.seams if seam.wrong), None)
-    later = list(dict.fromkeys(seam.layer for seam in record.seams if seam.wrong and seam.layer != first))
+            yield f"{what}: {_some(names)}"
+    if record.moved:
+        yield (
+            f"other numbers than the reference's at the same places in {_some(record.moved)}, but all that is whole is "
+            "the same: the bytes differ, the function is equal"
+        )
+    first = next((seam.layer for seam in record.counted if seam.wrong), None)
+    later = list(dict.fromkeys(seam.layer for seam in record.counted if seam.wrong and seam.layer != first))
     if later:
         yield f"later: {', '.join(later[:MOST_NAMED])}{', ...' if len(later) > MOST_NAMED else ''}"
 
@@ -201,6 +213,10 @@ def _idle_experts(subject: Subject, outcome: Outcome) -> Iterator[str]:
     for name, used in outcome.selected.items():
         if name in sizes and len(used) < sizes[name]:
             yield f"{name}: {sizes[name] - len(used)} of {sizes[name]} experts were not reached"
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{', '.join(map(printable, names[:3]))}{', ...' if len(names) > 3 else ''}"
 
 
 def _sentence(seam: Seam) -> str:

@@ -25,6 +25,7 @@ from tpshard.verify.recurrent import (
 
 TOLERANCE = 1e-10  # relative L2, of a seam and of each position: clean runs stay below 1e-14, real faults exceed 4e-4
 LARGEST = 1e-9  # of the reference's root mean square, for a single number
+OWN_PART = "own part of the output"  # of a column layer; everything else that is compared is whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,8 @@ class Record:
     positions: int = 0
     gathers: int = 0
     visited: set[str] = field(default_factory=set)
-    stop_above: float | None = None  # an error that is enough: the run ends there
+    stop_above: float | None = None  # an error that is enough in what is whole: the run ends there
+    followed: bool = True  # to what is whole; not where layers are isolated or a rank broke down
     open_cuts: list[str] = field(default_factory=list)  # column layers since the ranks last met
 
     def compare(self, layer: str, what: str, rank: int, got: torch.Tensor, want: torch.Tensor) -> None:
@@ -59,12 +61,27 @@ class Record:
         error, wrong = difference(got.detach(), want.detach())
         self.positions += want.numel() // max(1, want.shape[-1]) if want.ndim else 1
         self.seams.append(Seam(layer, what, rank, error, wrong, tuple(self.open_cuts[-4:]) if wrong else ()))
-        if self.stop_above is not None and error >= self.stop_above:
+        if self.stop_above is not None and error >= self.stop_above and what != OWN_PART:
             raise EnoughError
 
     @property
+    def moved(self) -> tuple[str, ...]:
+        """Layers of which ranks hold other numbers than the reference at the same places, while all that is whole is
+        the reference's: cells that changed places together, such as channels of up and down. The function is equal
+        (that the bytes differ, the weights check says)."""
+        wrong = [seam for seam in self.seams if seam.wrong]
+        if not self.followed or any(seam.what != OWN_PART for seam in wrong):
+            return ()
+        return tuple(dict.fromkeys(seam.layer for seam in wrong))
+
+    @property
+    def counted(self) -> list[Seam]:
+        """The comparisons that decide: where cells only moved, those of what is whole."""
+        return [seam for seam in self.seams if seam.what != OWN_PART] if self.moved else self.seams
+
+    @property
     def worst(self) -> float:
-        return max((seam.error for seam in self.seams), default=0.0)
+        return max((seam.error for seam in self.counted), default=0.0)
 
 
 def together(records: Sequence[Record]) -> Record:
@@ -78,6 +95,7 @@ def together(records: Sequence[Record]) -> Record:
         positions=sum(record.positions for record in records),
         gathers=first.gathers,
         visited=set().union(*(record.visited for record in records)),
+        followed=all(record.followed for record in records),
     )
 
 
@@ -202,7 +220,7 @@ class Hooks:
     ) -> None:
         index = own.to(value.device)
         mine, theirs = (tensor.index_select(axis, index).movedim(axis, -1) for tensor in (value.detach(), want))
-        self.record.compare(layer.name, "own part of the output", run - 1, mine, theirs)
+        self.record.compare(layer.name, OWN_PART, run - 1, mine, theirs)
 
     def _compare_own(self, run: int, layer: Layer, module: nn.Module, out: Any) -> Any:
         """A column layer's output stays local: each rank's own part of it is compared."""
@@ -279,7 +297,7 @@ class Hooks:
                 got, right, what = joined_by(given, own, -1), want, "output"
             else:
                 mine = own.index[run - 1]
-                got, right, what = only(state, mine), only(want, mine), "own part of the output"
+                got, right, what = only(state, mine), only(want, mine), OWN_PART
             self.record.compare(layer.name, what, run - 1, got, right)
             met.append(self._onwards(got, right))
         return with_states(out, iter(met))

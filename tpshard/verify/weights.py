@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 
 import numpy as np
 
@@ -114,11 +115,14 @@ class _Comparison:
         self.rooms = Rooms()
 
     def run(self, against_source: bool) -> list[Finding]:
+        lost = _unheld(self.tensor)
+        if lost and not against_source:
+            return lost  # there is no whole to compare with
         try:
             transfer = plan(self.whole.layout, self.tensor.layout, self.bits)
         except InputError as error:
             return [Finding(error.message, tensor=self.tensor.name)]
-        general = _row_overlap(self.tensor) if 0 in self.ranks else []
+        general = [*lost, *_row_overlap(self.tensor)] if 0 in self.ranks else []
         hasher = self.new_hasher()
         for slab in cut_into_slabs(transfer, SLAB):
             own = [contact for contact in slab.writes if contact.rank in self.ranks]
@@ -182,6 +186,21 @@ class _Comparison:
 
     def _note(self, rank: int, what: str) -> None:
         self.findings[rank] = Finding(what, tensor=self.tensor.name, rank=rank)
+
+
+def _unheld(tensor: Stored) -> list[Finding]:
+    """Cells of the whole that no rank holds: comparing what the ranks do hold cannot miss them."""
+    message = _hole(tensor.layout)
+    return [Finding(message, tensor=tensor.name)] if message else []
+
+
+@lru_cache(maxsize=1024)
+def _hole(layout: Layout) -> str | None:
+    try:
+        layout.tiles()
+    except InputError as error:
+        return error.message
+    return None
 
 
 def _row_overlap(tensor: Stored) -> list[Finding]:
