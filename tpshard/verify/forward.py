@@ -81,9 +81,10 @@ def _gradient_table(subject: Subject, gradients: Sequence[Gradient]) -> Table:
 
 
 def backward_result(
-    subject: Subject, weights: Weights, outcome: Outcome, loss: tuple[str, Outcome] | None
+    subject: Subject, weights: Weights, outcome: Outcome, loss: tuple[str, Outcome | str] | None
 ) -> CheckResult:
-    """What the comparison of all gradients amounts to; ``loss``: a loss's name, and what its gradients showed."""
+    """What the comparison of all gradients amounts to; ``loss``: a loss's name, and what its gradients showed or why
+    there are none."""
     recipes = subject.model.recipes
     gradients = outcome.gradients
     met = {gradient.parameter for gradient in gradients if gradient.parameter}
@@ -94,10 +95,13 @@ def backward_result(
         notes.append(f"no gradient reaches {', '.join(map(printable, idle[:3]))}{', ...' if len(idle) > 3 else ''}")
     findings = [_gradient_finding(gradient, subject) for gradient in gradients if gradient.wrong]
     of_loss = None
-    if loss is not None and loss[1].failure is None:
-        of_loss = max((gradient.error for gradient in loss[1].gradients), default=0.0)
-        notes.append(f"of a real loss ({loss[0]}, through the whole model): {of_loss:.1e}")
-        findings = findings or [_gradient_finding(g, subject) for g in loss[1].gradients if g.wrong]
+    match loss:
+        case (name, str() as why):
+            notes.append(f"no figure of a real loss ({name}): {why}")
+        case (name, Outcome(gradients=by_loss)):
+            of_loss = max((gradient.error for gradient in by_loss), default=0.0)
+            notes.append(f"of a real loss ({name}, through the whole model): {of_loss:.1e}")
+            findings = findings or [_gradient_finding(g, subject) for g in by_loss if g.wrong]
     if outcome.failure is not None and not findings:
         findings = [_broken(outcome)]
     return CheckResult(

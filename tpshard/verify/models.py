@@ -109,7 +109,11 @@ class TransformersModel:
             raise InconclusiveError(f"transformers cannot read {folder}/config.json: {one_line(error)}") from None
         self._dtype = dtype
         self.skeleton = self._make(frozenset())
-        self.recipes, self.unused = _recipes(self.skeleton, names)
+        try:
+            self.recipes, self.unused = _recipes(self.skeleton, names)
+        except Exception as error:
+            what = f"transformers {transformers.__version__} does not tell what {self.name} loads: {one_line(error)}"
+            raise InconclusiveError(what) from None
         computed = self._without_recipe()
         if computed:  # made by the class itself, such as sinusoidal positions
             shapes = {name: tuple(tensor.shape) for name, tensor in slots(self.skeleton).items()}
@@ -145,7 +149,13 @@ class TransformersModel:
     def inputs(self, ranks: int, seed: int) -> dict[str, Any]:
         from tpshard.verify.inputs import make_inputs
 
-        return make_inputs(self.skeleton, self.config, ranks, seed, self._dtype)
+        try:
+            return make_inputs(self.skeleton, self.config, ranks, seed, self._dtype)
+        except InconclusiveError:
+            raise
+        except Exception as error:
+            hint = "name the model and its inputs with --model"
+            raise InconclusiveError(f"no inputs can be made for {self.name}: {one_line(error)}", hint=hint) from None
 
 
 def _class_of(transformers: Any, config: Mapping[str, Any]) -> Any:
@@ -238,7 +248,7 @@ class FactoryModel:
             torch.set_default_dtype(torch.float32)
             with without_parameters():
                 made = function(dict(config))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UsageError(f"--model {text} failed: {one_line(error)}") from None
         finally:
             torch.set_default_dtype(was)
@@ -286,7 +296,7 @@ def _import(text: str) -> Callable[[dict[str, Any]], Any]:
         function = getattr(importlib.import_module(module_name), function_name)
     except AttributeError:
         raise UsageError(f"--model {printable(text)}: {module_name} has no {function_name}") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"--model {printable(text)} does not import: {one_line(error)}") from None
     if not callable(function):
         raise UsageError(f"--model {printable(text)} is not a function")

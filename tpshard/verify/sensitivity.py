@@ -48,9 +48,10 @@ def shortened(subject: Subject, weights: Weights) -> Subject:
         return subject
     seen: set[object] = set()
     skipped = []
+    meeting = {layer.path for layer in subject.layers if layer.task != "whole"}  # the ranks meet after the block itself
     for path in subject.blocks:
         kind = kind_of_block(subject, weights, path)
-        if kind in seen and path in subject.stubs:
+        if kind in seen and path in subject.stubs and path not in meeting:
             skipped.append(path)
         seen.add(kind)
     return replace(subject, skipped=frozenset(skipped))
