@@ -47,7 +47,7 @@ class InMemory:
     config: Mapping[str, Any] = field(default_factory=dict)
     folder: Path = Path("nowhere")
     own: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
-    reads: int = 0
+    _layouts: dict[str, Layout] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -57,6 +57,11 @@ class InMemory:
         return NAMES[self.tensors[name].dtype]
 
     def layout(self, name: str) -> Layout:
+        if name not in self._layouts:
+            self._layouts[name] = self._layout(name)
+        return self._layouts[name]
+
+    def _layout(self, name: str) -> Layout:
         shape = tuple(self.tensors[name].shape)
         if name not in self.cuts:
             return Layout.replicated(shape, self.ranks)
@@ -78,7 +83,6 @@ class InMemory:
         return [(rank, piece) for piece in shard.pieces()] if shard else []
 
     def read(self, name: str, holder: int, box: Box) -> torch.Tensor:
-        self.reads += 1
         if holder == WHOLE:
             return self.tensors[name][box.slices()].clone()
         if (name, holder) in self.own:

@@ -98,9 +98,10 @@ def _scale(name: str, shape: Shape) -> tuple[float, float]:
 def _uniform(name: str, place: NDArray[np.uint64]) -> NDArray[np.float64]:
     """Numbers of variance 1 from a tensor's name and a cell's number (the mixing steps of splitmix64)."""
     seed = np.uint64(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"))
-    x = place + seed
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x ^= x >> np.uint64(shift)
-        x *= np.uint64(factor)
-    x ^= x >> np.uint64(31)
+    with np.errstate(over="ignore"):  # of a scalar numpy would warn
+        x = place + seed
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            x ^= x >> np.uint64(shift)
+            x *= np.uint64(factor)
+        x ^= x >> np.uint64(31)
     return (x >> np.uint64(11)).astype(np.float64) * (2 * 3**0.5 / 2**53) - 3**0.5
