@@ -14,15 +14,16 @@ from torch import nn
 
 from tests.block_models import MADE, TOKENS, WIDE, Block, Net, albert, cuts_of, llama, of_albert, of_llama, of_t5, t5
 from tests.in_memory import Cut, InMemory, random_state, subject_of
-from tpshard.verify import gradients
+from tpshard.verify import gradients, sections
 from tpshard.verify.block_tensor import Tape
-from tpshard.verify.execution import Outcome, Subject, Way, execute
+from tpshard.verify.execution import Outcome, Subject, Way, _Execution, execute
 from tpshard.verify.forward import backward_result
 from tpshard.verify.gradients import Comparison, Difference
 from tpshard.verify.lockstep import AllDouble
+from tpshard.verify.loss import run_loss
 from tpshard.verify.preparation import default_dtype
 from tpshard.verify.report import Verdict
-from tpshard.verify.sections import outermost_blocks
+from tpshard.verify.sections import Gradient, outermost_blocks
 
 
 @dataclass
@@ -65,7 +66,7 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> Spied:
         return between(key, got, want)
 
     def recording(tensors: Any, *args: Any, **more: Any) -> None:
-        if args:  # not where torch calls itself
+        if args and args[0] is not None:  # not where torch calls itself, nor of a loss
             spy.cotangents.append(list(args[0]))
         backward(tensors, *args, **more)
 
@@ -263,12 +264,19 @@ class TwoTowers(nn.Module):
 
 def test_what_several_blocks_share_is_compared_in_each(spied: Spied, monkeypatch: pytest.MonkeyPatch) -> None:
     some, weights = subject(TwoTowers, 2, monkeypatch)
+    judge, met = sections.judged, dict.fromkeys((f"other.{number}" for number in range(3)), 0)
+
+    def judging(section: str, found: list[Difference]) -> list[Gradient]:
+        if section in met:
+            met[section] += sum(d.size > 0 for d in found if not d.key)
+        return judge(section, found)
+
+    monkeypatch.setattr(sections, "judged", judging)
     outcome = backward(some, weights)
     assert outcome.failure is None
     assert max(g.error for g in outcome.gradients) < 1e-12
-    for number in range(3):  # the block's own input, and the first tower's result
-        own = [g for g in outcome.gradients if g.section == f"other.{number}" and not g.parameter]
-        assert len(own) >= 2
+    # Its own input and the first tower's result; of the first, what comes before it, too; of the others, the bias.
+    assert met == {"other.0": 3, "other.1": 3, "other.2": 3}
     for name in weights.names:
         assert name in spied.got, name
         assert spied.want[name].abs().max() > 0, name
@@ -346,6 +354,60 @@ def test_t5_shares_encoder_states_and_position_biases(spied: Spied, monkeypatch:
         bias = spied.want[f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
         assert (bias.abs().sum(0) > 0).all(), side  # of every head
     assert set(spied.got) == set(weights.names)
+
+
+# ------------------------------------------------------------------------------------------ of a real loss
+
+
+def by_loss(some: Subject, weights: InMemory, spied: Spied) -> tuple[str, Outcome]:
+    with default_dtype(torch.float64):
+        name, outcome = run_loss(some, weights)
+    assert isinstance(outcome, Outcome)
+    assert max(g.error for g in outcome.gradients) < 1e-12
+    assert [seam.layer for seam in outcome.record.seams].count("the loss") == weights.ranks
+    return name, outcome
+
+
+def test_cross_entropy_is_transformers_own(spied: Spied, monkeypatch: pytest.MonkeyPatch) -> None:
+    some, weights = subject(llama, 6, monkeypatch, {"input_ids": TOKENS, "use_cache": False}, of_llama)
+    values: list[torch.Tensor] = []
+    go_back = _Execution._go_back_from_loss
+    monkeypatch.setattr(
+        _Execution, "_go_back_from_loss", lambda self, run, loss: (values.append(loss), go_back(self, run, loss))
+    )
+    assert by_loss(some, weights, spied)[0] == "cross-entropy"
+    with default_dtype(torch.float64):
+        model = llama().double().eval()
+    model.load_state_dict(weights.tensors, strict=False)
+    with AllDouble():
+        loss = model(input_ids=TOKENS, labels=TOKENS).loss
+    loss.backward()
+    assert len(values) == 7  # the reference's and six ranks'
+    for value in values:
+        torch.testing.assert_close(value.detach(), loss.detach(), rtol=1e-13, atol=0)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(spied.want[name], parameter.grad, rtol=1e-9, atol=1e-14)
+        torch.testing.assert_close(spied.got[name], parameter.grad, rtol=1e-9, atol=1e-14)
+
+
+def test_other_models_have_the_distance_from_fixed_numbers(spied: Spied, monkeypatch: pytest.MonkeyPatch) -> None:
+    some, weights = subject(Net, 3, monkeypatch)
+    assert by_loss(some, weights, spied)[0] == "mean square distance"
+    model = Net().double()
+    model.load_state_dict(weights.tensors)
+    target = torch.randn(2, 25, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    nn.functional.mse_loss(model(TOKENS), target).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(spied.got[name], parameter.grad, rtol=1e-10, atol=1e-14)
+
+
+def test_a_wrong_gradient_of_the_loss_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    some, weights = subject(Net, 2, monkeypatch)
+    outcome = backward(some, weights)
+    spoil(monkeypatch, twice("blocks.1.norm.weight"))
+    with default_dtype(torch.float64):
+        result = backward_result(some, weights, outcome, run_loss(some, weights))
+    assert [finding.tensor for finding in result.findings] == ["blocks.1.norm.weight"]
 
 
 # ------------------------------------------------------------------------------------------ wrong gradients
