@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import re
 import shutil
@@ -24,8 +25,9 @@ from tpshard.cli.main import _run
 from tpshard.convert import plan_split, run
 from tpshard.errors import UsageError
 from tpshard.layout import Box
-from tpshard.verify import files, model_checks, native
+from tpshard.verify import files, native
 from tpshard.verify.inputs import token_ids
+from tpshard.verify.models import Recipe
 from tpshard.verify.report import CheckResult, Report, Verdict
 from tpshard.verify.run import Request, verify
 from tpshard.verify.values import WHOLE, StoredWeights
@@ -143,7 +145,7 @@ def test_a_file_that_changes_between_two_checks(
 ) -> None:
     path = Folder(shards).file(1) if which == "shard" else model / "model.safetensors"
     module, _, name = stage.rpartition(".")
-    check = getattr(sys.modules[module], name)
+    check = getattr(importlib.import_module(module), name)
     monkeypatch.setattr(stage, lambda *args: (change(path), check(*args))[1])
     code, out, err = said(capsys, shards, "--against", model, "--level", "forward")
     assert (code, out) == (5, "")
@@ -354,6 +356,18 @@ def test_transformers_that_changed_its_table(shards: Path, monkeypatch: pytest.M
     assert "does not tell what Qwen2ForCausalLM loads: TypeError: takes 1 positional" in str(forward.reason)
 
 
+def test_a_parameter_that_cannot_be_made(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its library stacks or turns tensors that will not be stacked or turned."""
+
+    def raising(source: object) -> torch.Tensor:
+        raise ValueError("of different shapes")
+
+    monkeypatch.setattr("tpshard.verify.models._renamed", lambda name: Recipe((name,), raising))
+    forward = checks(verify(Request(shards, workers=1)))["forward"]
+    assert forward.verdict is Verdict.INCONCLUSIVE
+    assert "cannot be made of lm_head.weight: ValueError: of different shapes" in str(forward.reason)
+
+
 def test_inputs_that_cannot_be_made(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tpshard.verify.inputs.token_ids", lambda *_: {}["vocabulary"])
     forward = checks(verify(Request(shards, workers=1)))["forward"]
@@ -540,6 +554,3 @@ def test_a_model_that_does_not_run_with_generic_weights(net: Path) -> None:
     assert found["forward"].verdict is found["backward"].verdict is Verdict.PASS
     assert "with generic weights: the unsharded model does not run: ValueError" in str(found["generic"].reason)
     assert report.verdict is Verdict.INCONCLUSIVE
-
-
-assert model_checks  # named by a test that replaces what is in it
