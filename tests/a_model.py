@@ -140,3 +140,94 @@ def build_nothing(config: dict[str, Any]) -> None:
 
 def build_dying(config: dict[str, Any]) -> tuple[nn.Module, Any]:
     return NetThatDies(), {"tokens": TOKENS}
+
+
+# ------------------------------------------------------------------------------------------ that do not run
+
+
+class NetThatRaises(NetThatUsesAll):
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        raise ValueError("no such\nforward")
+
+
+class NetThatLeaves(NetThatUsesAll):
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        raise SystemExit(0)
+
+
+class _OneWay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError("no derivative is known")
+
+
+class NetWithoutWayBack(NetThatUsesAll):
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return (
+            super().forward(_OneWay.apply(tokens * 1.0).long() // 2)
+            + _OneWay.apply(self.norm(self.words(tokens)))[..., :1]
+        )
+
+
+class NetThatOverwrites(NetThatUsesAll):
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        y = super().forward(tokens).exp()
+        return y.add_(1) * y.mul_(2)
+
+
+class NetWithoutHistory(NetThatUsesAll):
+    @torch.no_grad()
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return super().forward(tokens)
+
+
+class NetOfWholeNumbers(NetThatUsesAll):
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return super().forward(tokens).argmax(-1)
+
+
+class NetOfNothing(NetThatUsesAll):
+    def forward(self, tokens: torch.Tensor) -> None:
+        super().forward(tokens)
+
+
+class NetThatLosesShape(NetThatUsesAll):
+    """The number of positions depends on the rank."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        y = super().forward(tokens)
+        return y[:, 1:] if bool((self.up.weight[0] == 0).all()) else y
+
+
+class NetInDoubleOnly(NetThatUsesAll):
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        if self.up.weight.dtype is not torch.float64:
+            raise RuntimeError("not in this dtype")
+        return super().forward(tokens)
+
+
+class NetOfSmallNorms(NetThatUsesAll):
+    """Runs with its own weights and not with generic ones, whose norms are around one."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        if bool(self.norm.weight.mean() > 0.6):
+            raise ValueError("norms are too large")
+        return super().forward(tokens)
+
+
+def _of(made: type[nn.Module]) -> Any:
+    return lambda config: (made(), {"tokens": TOKENS})
+
+
+build_raising, build_leaving, build_one_way = _of(NetThatRaises), _of(NetThatLeaves), _of(NetWithoutWayBack)
+build_overwriting, build_without_history = _of(NetThatOverwrites), _of(NetWithoutHistory)
+build_whole_numbers, build_no_output, build_losing = _of(NetOfWholeNumbers), _of(NetOfNothing), _of(NetThatLosesShape)
+build_double_only, build_small_norms = _of(NetInDoubleOnly), _of(NetOfSmallNorms)
+
+
+def build_exit(config: dict[str, Any]) -> None:
+    raise SystemExit(0)

@@ -22,10 +22,10 @@ from tpshard.verify.gradients import Difference
 from tpshard.verify.inputs import token_ids
 from tpshard.verify.layout import balanced
 from tpshard.verify.lockstep import AllDouble, Lockstep, OutOfStepError, RunError
+from tpshard.verify.record import difference
 from tpshard.verify.report import CheckResult, Finding, Report, Verdict
 from tpshard.verify.request import LEVELS, Request
 from tpshard.verify.run import verify
-from tpshard.verify.seams import difference
 from tpshard.verify.sections import judged
 
 POLICY = """

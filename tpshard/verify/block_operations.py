@@ -34,7 +34,7 @@ def _in_other_order(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, anchor: torch.Tensor, weight: BlockTensor, out: int) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, anchor: Any, weight: BlockTensor, out: int) -> torch.Tensor:
         ctx.save_for_backward(x)
         ctx.weight, ctx.out = weight, out
         return _multiply(x, weight, out)
@@ -43,24 +43,29 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         (x,), (grad,) = ctx.saved_tensors, grads
         weight, out = ctx.weight, ctx.out
-        key = weight.key, weight.view_, out
-        weight.context.tape.products.setdefault(key, (weight, []))[1].append((x.detach(), grad.detach()))
+        if weight.learns:
+            key = weight.key, weight.view_, out
+            weight.context.tape.products.setdefault(key, (weight, []))[1].append((x.detach(), grad.detach()))
         needed = ctx.needs_input_grad[0]
         return (_multiply(grad, weight, 1 - out) if needed else None), None, None, None
 
 
 class _Lookup(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, tokens: torch.Tensor, weight: BlockTensor) -> torch.Tensor:
-        ctx.tokens, ctx.weight = tokens, weight
+    def forward(
+        ctx: Any, anchor: torch.Tensor, tokens: torch.Tensor, weight: BlockTensor, padding: int | None
+    ) -> torch.Tensor:
+        ctx.tokens, ctx.weight, ctx.padding = tokens, weight, padding
         return _look_up(tokens, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         weight = ctx.weight
         entry = weight.context.tape.lookups.setdefault((weight.key, weight.view_), (weight, []))
-        entry[1].append((ctx.tokens.reshape(-1), grads[0].detach().reshape(-1, weight.shape[1])))
-        return None, None, None
+        tokens, grad = ctx.tokens.reshape(-1), grads[0].detach().reshape(-1, weight.shape[1])
+        learning = tokens != ctx.padding if ctx.padding is not None else slice(None)
+        entry[1].append((tokens[learning], grad[learning]))
+        return None, None, None, None
 
 
 def _look_up(tokens: torch.Tensor, weight: BlockTensor) -> torch.Tensor:
@@ -76,14 +81,15 @@ def _look_up(tokens: torch.Tensor, weight: BlockTensor) -> torch.Tensor:
 
 def product(x: torch.Tensor, weight: BlockTensor, out: int) -> torch.Tensor:
     """``x`` [..., in] times a 2-D weight whose axis ``out`` becomes the last of the result."""
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x.flatten(0, -2) if x.ndim > 1 else x.unsqueeze(0)
     if flat.shape[1] != weight.shape[1 - out]:
         raise RuntimeError(f"{weight.key}: {list(x.shape)} cannot be multiplied by {list(weight.shape)}")
     if flat.dtype != weight.dtype:
         raise RuntimeError(f"{weight.key}: expected {weight.dtype}, got {flat.dtype}")
     tape = weight.context.tape
     if tape is not None and torch.is_grad_enabled():
-        y = _Product.apply(flat, tape.anchor, weight, out)  # type: ignore[no-untyped-call]
+        anchor = tape.anchor if weight.learns else None
+        y = _Product.apply(flat, anchor, weight, out)  # type: ignore[no-untyped-call]
     else:
         y = _multiply(flat, weight, out)
     return y.reshape(*x.shape[:-1], weight.shape[out])  # type: ignore[no-any-return]
@@ -123,8 +129,9 @@ def _embedding(
     if input.numel() and not 0 <= int(input.min()) <= int(input.max()) < weight.shape[0]:
         raise IndexError(f"{weight.key}: an index is out of range of {weight.shape[0]} rows")
     tape = weight.context.tape
-    if tape is not None and torch.is_grad_enabled():
-        return _Lookup.apply(tape.anchor, input, weight)  # type: ignore[no-untyped-call]
+    if tape is not None and weight.learns and torch.is_grad_enabled():
+        padding = None if padding_idx is None else padding_idx % weight.shape[0]  # a row that never learns
+        return _Lookup.apply(tape.anchor, input, weight, padding)  # type: ignore[no-untyped-call]
     return _look_up(input, weight)
 
 
@@ -132,7 +139,10 @@ def _embedding(
 
 
 def _selected(self: BlockTensor, dim: int, index: int) -> BlockTensor:
-    dim, index = dim % self.ndim, index % self.shape[dim]
+    dim = dim % self.ndim
+    if not -self.shape[dim] <= index < self.shape[dim]:
+        raise IndexError(f"{self.key}: index {index} is out of range of {self.shape[dim]}")
+    index %= self.shape[dim]
     if self.ndim == 3 and dim == 0:
         self.context.selected.setdefault(self.key, set()).add(index)
     parts = (block.narrow(dim, index, index + 1) for block in self.blocks)
@@ -163,7 +173,7 @@ def _permuted(self: BlockTensor, order: Sequence[int]) -> BlockTensor:
 def _item(self: Any, index: Any) -> Any:
     if not isinstance(self, BlockTensor):
         return NotImplemented
-    if isinstance(index, torch.Tensor) and index.ndim == 0 and not index.dtype.is_floating_point:
+    if isinstance(index, torch.Tensor) and index.ndim == 0 and index.dtype in (torch.int64, torch.int32):
         index = int(index)
     if isinstance(index, int) and not isinstance(index, bool) and self.ndim:
         return _selected(self, 0, index)
@@ -180,9 +190,9 @@ def _split(tensor: Any, split_size_or_sections: Any, dim: int = 0) -> Any:
     sizes = split_size_or_sections
     if isinstance(sizes, int):
         sizes = [min(sizes, size - first) for first in range(0, size, sizes)]
-    edges = [0]
-    for each in sizes:
-        edges.append(edges[-1] + each)
+    edges = list(itertools.accumulate(sizes, initial=0))
+    if edges[-1] != size:
+        return NotImplemented  # torch says what is wrong
     return tuple(_narrowed(tensor, dim, a, b) for a, b in itertools.pairwise(edges))
 
 
@@ -195,52 +205,76 @@ def _cat(tensors: Sequence[Any], dim: int = 0) -> Any:
         return NotImplemented
     first, at, blocks = tensors[0], 0, []
     dim = dim % first.ndim
+    if len({tuple(n for axis, n in enumerate(tensor.shape) if axis != dim) for tensor in tensors}) != 1:
+        return NotImplemented
     for tensor in tensors:
         blocks += [block.moved(dim, at) for block in tensor.blocks]
         at += tensor.shape[dim]
     shape = [*first.shape[:dim], at, *first.shape[dim + 1 :]]
-    return first.derived(shape, blocks, ("cat", dim))
+    return first.derived(shape, blocks, ("cat", dim, *_origins(tensors)))
 
 
 def _stack(tensors: Sequence[Any], dim: int = 0) -> Any:
-    if not all(isinstance(tensor, BlockTensor) for tensor in tensors):
+    if not all(isinstance(tensor, BlockTensor) and tensor.shape == tensors[0].shape for tensor in tensors):
         return NotImplemented
     first = tensors[0]
     dim = dim % (first.ndim + 1)
     blocks = [block.inserted(dim, n) for n, tensor in enumerate(tensors) for block in tensor.blocks]
     shape = [*first.shape[:dim], len(tensors), *first.shape[dim:]]
-    return first.derived(shape, blocks, ("stack", dim))
+    return first.derived(shape, blocks, ("stack", dim, *_origins(tensors)))
+
+
+def _origins(tensors: Sequence[BlockTensor]) -> list[object]:
+    """What was joined: two joins that begin with one parameter are not the same."""
+    return [(tensor.key, tensor.view_) for tensor in tensors]
 
 
 def _itself(self: Any, *_: Any, **__: Any) -> Any:
-    """All numbers have one dtype and device, and are never written to."""
+    """All numbers have one device, and are never written to."""
     return self if isinstance(self, BlockTensor) else NotImplemented
 
 
+def _detached(self: Any) -> Any:
+    return self.detached() if isinstance(self, BlockTensor) else NotImplemented
+
+
 def _to(self: Any, *args: Any, **kwargs: Any) -> Any:
-    wanted = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)]
-    if not isinstance(self, BlockTensor) or any(
-        dtype.is_floating_point != self.dtype.is_floating_point for dtype in wanted
-    ):
+    given = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype | torch.Tensor)]
+    return _as_dtype(self, next((value if isinstance(value, torch.dtype) else value.dtype for value in given), None))
+
+
+def _type(self: Any, dtype: Any = None, *_: Any) -> Any:
+    return _as_dtype(self, dtype) if isinstance(dtype, torch.dtype) else NotImplemented
+
+
+def _as_dtype(self: Any, dtype: torch.dtype | None) -> Any:
+    """What is float64 stays so, whatever floats are asked for; other conversions are torch's."""
+    if not isinstance(self, BlockTensor):
         return NotImplemented
-    return self
+    stays = self.dtype is torch.float64 and dtype is not None and dtype.is_floating_point
+    return self if stays or dtype in (None, self.dtype) else NotImplemented
 
 
 def _unless(function: Callable[..., Any]) -> Callable[..., Any]:
     """A view of a BlockTensor; of anything else, the ordinary function's."""
 
-    def handler(self: Any, *args: Any) -> Any:
-        return function(self, *args) if isinstance(self, BlockTensor) and self.ndim >= 2 else NotImplemented
+    def handler(self: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return function(self, *args, **kwargs) if isinstance(self, BlockTensor) and self.ndim >= 2 else NotImplemented
 
     return handler
 
 
-def _permuted_by(self: BlockTensor, *order: Any) -> BlockTensor:
+def _swapped(self: BlockTensor, axis0: int, axis1: int) -> BlockTensor:
+    return _transposed(self, axis0, axis1)
+
+
+def _permuted_by(self: BlockTensor, *order: Any, dims: Any = None) -> BlockTensor:
+    order = order if dims is None else dims
     return _permuted(self, order[0] if isinstance(order[0], tuple | list) else order)
 
 
-def _embedding_of(weight: Any, indices: torch.Tensor, *_: Any, **__: Any) -> Any:
-    return _embedding(indices, weight)
+def _embedding_of(weight: Any, indices: torch.Tensor, padding_idx: int = -1, *_: Any, **__: Any) -> Any:
+    return _embedding(indices, weight, padding_idx if padding_idx >= 0 else None)
 
 
 def _register(handler: Callable[..., Any], *functions: Any) -> None:
@@ -253,7 +287,8 @@ _register(_embedding, F.embedding)
 _register(_embedding_of, torch.embedding)
 _register(_matmul, torch.matmul, torch.mm, torch.bmm, _T.matmul, _T.mm, _T.bmm, _T.__matmul__)
 _register(_addmm, torch.addmm, _T.addmm)
-_register(_unless(_transposed), torch.transpose, _T.transpose, _T.swapaxes)
+_register(_unless(_transposed), torch.transpose, _T.transpose)
+_register(_unless(_swapped), torch.swapaxes, _T.swapaxes)
 _register(_unless(lambda self: _transposed(self, 0, 1)), torch.t, _T.t)
 _register(_unless(_permuted_by), torch.permute, _T.permute)
 _register(_unless(_selected), torch.select, _T.select)
@@ -262,5 +297,11 @@ _register(_split, torch.split, _T.split)
 _register(_chunk, torch.chunk, _T.chunk)
 _register(_cat, torch.cat, torch.concat)
 _register(_stack, torch.stack)
-_register(_itself, _T.contiguous, _T.detach, torch.detach, _T.requires_grad_, _T.cpu, _T.cuda)
-_register(_to, _T.to, _T.type, _T.type_as, _T.float, _T.double, _T.half, _T.bfloat16)
+_register(_itself, _T.contiguous, _T.requires_grad_, _T.cpu, _T.cuda)
+_register(_detached, _T.detach, torch.detach)
+_register(_to, _T.to, _T.type_as)
+_register(_type, _T.type)
+_register(lambda self, *_, **__: _as_dtype(self, torch.float32), _T.float)
+_register(lambda self, *_, **__: _as_dtype(self, torch.float64), _T.double)
+_register(lambda self, *_, **__: _as_dtype(self, torch.float16), _T.half)
+_register(lambda self, *_, **__: _as_dtype(self, torch.bfloat16), _T.bfloat16)

@@ -106,8 +106,8 @@ class Tape:
 
 
 class BlockTensor(torch.Tensor):
-    """``key``: the parameter's name; ``view_``: what has been done to it since; ``learns``: False for buffers, which
-    have no gradient."""
+    """``key``: the parameter's name; ``view_``: what has been done to it since; ``learns``: False where there is no
+    gradient: of buffers, and of what was detached."""
 
     context: Context
     key: str
@@ -158,7 +158,15 @@ class BlockTensor(torch.Tensor):
 
     def derived(self, shape: Sequence[int], blocks: Iterable[Block], step: tuple[Any, ...]) -> BlockTensor:
         view = (*self.view_, step)
-        return BlockTensor.make(tuple(shape), self.dtype, self.context, self.key, view).with_blocks(blocks)
+        made = BlockTensor.make(tuple(shape), self.dtype, self.context, self.key, view).with_blocks(blocks)
+        made.learns = self.learns
+        return made
+
+    def detached(self) -> BlockTensor:
+        """The same, without a gradient."""
+        made = BlockTensor.make(tuple(self.shape), self.dtype, self.context, self.key, self.view_)
+        made._factory, made._blocks, made._dense, made.learns = self._factory, self._blocks, self._dense, False
+        return made
 
     def dense(self) -> torch.Tensor:
         """All of it, zeros included; while gradients are recorded, a leaf that collects this tensor's."""
@@ -205,8 +213,8 @@ def _metadata(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, A
     attribute = getattr(getattr(func, "__self__", None), "__name__", "")
     if attribute in ("T", "mT") and isinstance(self, BlockTensor):
         return HANDLERS[torch.transpose](self, -1, -2) if self.ndim >= 2 else self
-    if attribute == "data":
-        return self
+    if attribute == "data" and isinstance(self, BlockTensor):
+        return self.detached()
     with torch._C.DisableTorchFunctionSubclass():
         return func(*args, **kwargs)
 

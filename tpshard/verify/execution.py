@@ -12,10 +12,11 @@ from torch import nn
 from tpshard.errors import InconclusiveError
 from tpshard.verify.block_tensor import Context, Tape
 from tpshard.verify.gradients import Comparison
-from tpshard.verify.lockstep import AllDouble, Lockstep, OutOfStepError, RunError
+from tpshard.verify.lockstep import AllDouble, Lockstep, OutOfStepError, RunError, no_fault_of_the_model
 from tpshard.verify.models import Model, copy_with, one_line
 from tpshard.verify.placement import REFERENCE, Layer, Parameters
-from tpshard.verify.seams import EnoughError, Hooks, Record, together
+from tpshard.verify.record import EnoughError, Record, together
+from tpshard.verify.seams import Hooks
 from tpshard.verify.sections import Gradient, RanksBackwardError, Sections, judged
 from tpshard.verify.values import Weights
 
@@ -156,11 +157,11 @@ class _Execution:
         return module
 
     def _accepted(self, error: RunError) -> RunError | None:
-        """A rank's failure is an outcome; the reference's is none."""
+        """A rank's failure is an outcome; the reference's is none, nor is a file or memory that failed."""
         if isinstance(error.cause, EnoughError):
             return None
-        if isinstance(error.cause, InconclusiveError):
-            raise error.cause
+        if (other := no_fault_of_the_model(error.cause)) is not None:
+            raise other from error
         if error.run == REFERENCE and not isinstance(error.cause, OutOfStepError | RanksBackwardError):
             raise InconclusiveError(f"the unsharded model does not run: {one_line(error.cause)}") from error.cause
         return error

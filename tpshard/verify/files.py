@@ -15,6 +15,7 @@ from tpshard.manifest_parsing import read_manifest
 from tpshard.verify.report import CheckResult, Finding
 
 CHUNK = 2**20
+MISSING = "is missing"
 
 
 def check_files(
@@ -32,8 +33,14 @@ def check_files(
     except InputError as error:
         return CheckResult("files", (Finding(str(error), file=MANIFEST_NAME),)), None
     findings = [*_header_findings(opening), *(_extra_findings(opening) if 0 in opening.only else [])]
-    checkpoint = None if findings else opening.checkpoint()
-    findings += _digest_findings(opening, workers, progress)
+    checkpoint = None
+    if not findings:
+        try:
+            checkpoint = opening.checkpoint()
+        except InputError as error:
+            findings.append(Finding(error.message, file="config.json"))
+    known = {finding.file for finding in findings}
+    findings += [f for f in _digest_findings(opening, workers, progress) if f.what != MISSING or f.file not in known]
     manifest = opening.manifest
     covered = {
         "files": len(opening.records) + (len(manifest.carried) if 0 in opening.only else 0),
@@ -77,7 +84,7 @@ def _extra_findings(opening: Opening) -> Iterator[Finding]:
 
 
 def _digest_findings(opening: Opening, workers: int, progress: Callable[[int], object]) -> list[Finding]:
-    """Files are read whole, several at a time; one that is missing was found before if it holds weights."""
+    """Files are read whole, several at a time."""
     new_hasher = hasher_factory(opening.manifest.algorithm)
 
     def digest(path: Path) -> str | None:
@@ -100,9 +107,9 @@ def _digest_findings(opening: Opening, workers: int, progress: Callable[[int], o
         found = list(pool.map(digest, [opening.folder / name for name, _ in expected]))
     findings = []
     for (name, want), have in zip(expected, found, strict=True):
-        if have is None and name not in weights:
-            findings.append(Finding("is missing", file=name))
-        elif have is not None and have != want:
+        if have is None:
+            findings.append(Finding(MISSING, file=name))
+        elif have != want:
             findings.append(Finding(f"digest is {have}, the manifest says {want}", file=name))
     return findings
 

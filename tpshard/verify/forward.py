@@ -15,8 +15,8 @@ from tpshard.verify.execution import Outcome, Subject
 from tpshard.verify.models import one_line, slots
 from tpshard.verify.native import NativeFigures
 from tpshard.verify.preparation import never_called
+from tpshard.verify.record import TOLERANCE, Record, Seam
 from tpshard.verify.report import CheckResult, Finding, Table, error_size
-from tpshard.verify.seams import TOLERANCE, Record, Seam
 from tpshard.verify.sections import Gradient
 from tpshard.verify.values import Weights, layer_of
 
@@ -87,9 +87,10 @@ def _gradient_table(subject: Subject, gradients: Sequence[Gradient]) -> Table:
 
 
 def backward_result(
-    subject: Subject, weights: Weights, outcome: Outcome, loss: tuple[str, Outcome] | None
+    subject: Subject, weights: Weights, outcome: Outcome, loss: tuple[str, Outcome | str] | None
 ) -> CheckResult:
-    """What the comparison of all gradients amounts to; ``loss``: a loss's name, and what its gradients showed."""
+    """What the comparison of all gradients amounts to; ``loss``: a loss's name, and what its gradients showed or why
+    there are none."""
     recipes = subject.model.recipes
     gradients = _counted(outcome.gradients, outcome, subject)
     met = {gradient.parameter for gradient in outcome.gradients if gradient.parameter}
@@ -100,11 +101,14 @@ def backward_result(
         notes.append(f"no gradient reaches {_some(idle)}")
     findings = [_gradient_finding(gradient, subject) for gradient in gradients if gradient.wrong]
     of_loss = None
-    if loss is not None and loss[1].failure is None:
-        through = _counted(loss[1].gradients, outcome, subject)
-        of_loss = max((gradient.error for gradient in through), default=0.0)
-        notes.append(f"of a real loss ({loss[0]}, through the whole model): {of_loss:.1e}")
-        findings = findings or [_gradient_finding(g, subject) for g in through if g.wrong]
+    match loss:
+        case (name, str() as why):
+            notes.append(f"no figure of a real loss ({name}): {why}")
+        case (name, Outcome() as through):
+            by_loss = _counted(through.gradients, outcome, subject)
+            of_loss = max((gradient.error for gradient in by_loss), default=0.0)
+            notes.append(f"of a real loss ({name}, through the whole model): {of_loss:.1e}")
+            findings = findings or [_gradient_finding(g, subject) for g in by_loss if g.wrong]
     if outcome.failure is not None and not findings:
         findings = [_broken(outcome)]
     return CheckResult(

@@ -10,8 +10,8 @@ import torch
 
 from tpshard.errors import InconclusiveError
 from tpshard.layout import Box, Layout
+from tpshard.verify.record import TOLERANCE, difference
 from tpshard.verify.report import CheckResult, Finding
-from tpshard.verify.seams import TOLERANCE, difference
 from tpshard.verify.values import WHOLE, Weights
 
 COLUMNS = 5  # of x and g

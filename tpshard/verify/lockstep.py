@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from tpshard.errors import TpshardError
+
 
 class RunError(Exception):
     """A run raised; ``run`` is its number, ``key`` the last exchange that it passed, ``cause`` what it raised."""
@@ -28,6 +30,14 @@ class OutOfStepError(Exception):
 
 class _Released(BaseException):
     """Ends a run whose fellow has failed."""
+
+
+def no_fault_of_the_model(error: BaseException) -> BaseException | None:
+    """What to raise instead, where an error says nothing about the model: a file or memory has failed. (Of memory,
+    torch on a CPU tells in words only.)"""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+        return MemoryError(str(error))
+    return error if isinstance(error, TpshardError) else None
 
 
 class AllDouble(TorchFunctionMode):

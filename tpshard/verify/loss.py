@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from tpshard.errors import InconclusiveError
 from tpshard.verify.execution import Outcome, Subject, Way, execute, tensors_of
 from tpshard.verify.inputs import signature_of
+from tpshard.verify.models import one_line
 from tpshard.verify.values import Weights
 
 WORDS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration")
@@ -34,6 +36,11 @@ def loss_of(subject: Subject) -> tuple[str, Mapping[str, Any], Callable[[Any], t
     return "mean square distance", inputs, distance
 
 
-def run_loss(subject: Subject, weights: Weights) -> tuple[str, Outcome]:
+def run_loss(subject: Subject, weights: Weights) -> tuple[str, Outcome | str]:
+    """The loss's name and what its gradients showed; or why there are none, which is no verdict."""
     name, inputs, function = loss_of(subject)
-    return name, execute(replace(subject, inputs=inputs), weights, Way(loss=function))
+    try:
+        outcome = execute(replace(subject, inputs=inputs), weights, Way(loss=function))
+    except InconclusiveError as error:
+        return name, str(error)
+    return name, outcome if outcome.failure is None else one_line(outcome.failure.cause)

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from tpshard.errors import InconclusiveError, UsageError
-from tpshard.verify.execution import Subject, Way, execute
+from tpshard.verify.execution import Outcome, Subject, Way, execute
 from tpshard.verify.forward import backward_result, forward_result, generic_result
 from tpshard.verify.layers import check_layers
 from tpshard.verify.lockstep import Lockstep
 from tpshard.verify.loss import run_loss
 from tpshard.verify.native import native_figures
-from tpshard.verify.preparation import Choice, default_dtype, prepare
+from tpshard.verify.preparation import Choice, default_dtype, prepare, require_sound_tables
 from tpshard.verify.report import CheckResult
 from tpshard.verify.sensitivity import SEEN, noise_of, run_generic, self_test, shortened
 from tpshard.verify.values import Weights, numbers_in
@@ -38,8 +38,7 @@ class ModelRequest:
 def check_model(weights: Weights, request: ModelRequest) -> Iterator[CheckResult]:
     """Forward and, if wanted, backward; where the model cannot be run, the reason, and each layer alone, which proves
     less. Raises UsageError where ``factory`` or ``device`` is no good."""
-    if request.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch sees no GPU here", hint="leave --device out")
+    require_device(request.device)
     try:
         yield from _checks(weights, request)
     except InconclusiveError as error:
@@ -56,17 +55,46 @@ def _checks(weights: Weights, request: ModelRequest) -> Iterator[CheckResult]:
             choice = replace(choice, new_lock=request.new_lock)
         subject = prepare(weights, choice)
         way = Way(backward=backward, isolate=request.isolate, sound=True, seed=request.seed)
-        outcome = execute(subject, weights, way)
+        require_sound_tables(subject, weights)
+        outcome, no_way_back = _run(subject, weights, way)
         short = shortened(subject, weights)
-        if any(seam.wrong for seam in outcome.record.seams):
+        if not outcome.is_right:
             _refuse_random(short, weights)
         native = native_figures(subject, weights, choice) if fits(weights) else None
         yield forward_result(subject, weights, outcome, request.isolate, native)
-        if backward:
+        if backward and no_way_back:
+            yield CheckResult("backward", unproven=no_way_back)
+        elif backward:
             loss = run_loss(subject, weights) if fits(weights) and outcome.is_right else None
             yield backward_result(subject, weights, outcome, loss)
-        yield generic_result(short, weights, run_generic(short, weights, way))
-        yield self_test(short, weights, outcome.record.visited)
+        way = replace(way, backward=backward and not no_way_back)
+        yield from _with_generic_weights(short, weights, way)
+
+
+def _run(subject: Subject, weights: Weights, way: Way) -> tuple[Outcome, str]:
+    """Forward, and backward where that is wanted; where the model itself has no backward, why, and forward alone."""
+    try:
+        return execute(subject, weights, way), ""
+    except InconclusiveError as error:
+        if not way.backward:
+            raise
+        return execute(subject, weights, replace(way, backward=False)), str(error)
+
+
+def _with_generic_weights(subject: Subject, weights: Weights, way: Way) -> Iterator[CheckResult]:
+    try:
+        outcome = run_generic(subject, weights, way)
+    except InconclusiveError as error:
+        yield CheckResult("generic", unproven=f"with generic weights: {error}")
+        return
+    yield generic_result(subject, weights, outcome)
+    yield self_test(subject, weights, outcome.record.visited)
+
+
+def require_device(device: str) -> None:
+    """Raises UsageError where there is no such device."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no GPU here", hint="leave --device out")
 
 
 def _refuse_random(subject: Subject, weights: Weights) -> None:

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from tpshard.errors import InconclusiveError, UsageError, printable
+from tpshard.errors import InconclusiveError, printable
 from tpshard.verify import block_operations  # noqa: F401 - BlockTensor learns to multiply
 from tpshard.verify.block_tensor import BlockTensor
 
@@ -109,7 +107,11 @@ class TransformersModel:
             raise InconclusiveError(f"transformers cannot read {folder}/config.json: {one_line(error)}") from None
         self._dtype = dtype
         self.skeleton = self._make(frozenset())
-        self.recipes, self.unused = _recipes(self.skeleton, names)
+        try:
+            self.recipes, self.unused = _recipes(self.skeleton, names)
+        except Exception as error:
+            what = f"transformers {transformers.__version__} does not tell what {self.name} loads: {one_line(error)}"
+            raise InconclusiveError(what) from None
         computed = self._without_recipe()
         if computed:  # made by the class itself, such as sinusoidal positions
             shapes = {name: tuple(tensor.shape) for name, tensor in slots(self.skeleton).items()}
@@ -145,7 +147,13 @@ class TransformersModel:
     def inputs(self, ranks: int, seed: int) -> dict[str, Any]:
         from tpshard.verify.inputs import make_inputs
 
-        return make_inputs(self.skeleton, self.config, ranks, seed, self._dtype)
+        try:
+            return make_inputs(self.skeleton, self.config, ranks, seed, self._dtype)
+        except InconclusiveError:
+            raise
+        except Exception as error:
+            hint = "name the model and its inputs with --model"
+            raise InconclusiveError(f"no inputs can be made for {self.name}: {one_line(error)}", hint=hint) from None
 
 
 def _class_of(transformers: Any, config: Mapping[str, Any]) -> Any:
@@ -174,7 +182,7 @@ def _recipes(skeleton: nn.Module, names: Sequence[str]) -> tuple[dict[str, Recip
             rename_source_key,
         )
     except ImportError:
-        return {name: _renamed(name) for name in names if name in known}, tuple(n for n in names if n not in known)
+        return {name: renamed(name) for name in names if name in known}, tuple(n for n in names if n not in known)
     steps = get_model_conversion_mapping(model)
     renamings = [step for step in steps if isinstance(step, WeightRenaming)]
     converters = [step for step in steps if isinstance(step, WeightConverter)]
@@ -189,7 +197,7 @@ def _recipes(skeleton: nn.Module, names: Sequence[str]) -> tuple[dict[str, Recip
         if target not in known:
             unused.append(name)
         elif pattern is None:
-            recipes[target] = _renamed(name)
+            recipes[target] = renamed(name)
         else:
             groups.setdefault(target, (of_pattern[pattern], []))[1].append((pattern, name))
     for target, (converter, members) in groups.items():
@@ -197,7 +205,7 @@ def _recipes(skeleton: nn.Module, names: Sequence[str]) -> tuple[dict[str, Recip
     return recipes, tuple(unused)
 
 
-def _renamed(name: str) -> Recipe:
+def renamed(name: str) -> Recipe:
     return Recipe((name,), lambda source: source(name))
 
 
@@ -219,80 +227,6 @@ def _converted(
     for key in targets:
         if key in known:
             yield key, Recipe(names, lambda source, key=key: convert(source)[key])  # type: ignore[misc]
-
-
-# ---------------------------------------------------------------------------------------------- --model
-
-
-class FactoryModel:
-    """``package.module:function``; the function takes config.json as a dict and returns the module and its inputs.
-
-    Raises UsageError where it does not import, returns something else, or does not fit the checkpoint.
-    """
-
-    def __init__(self, text: str, config: Mapping[str, Any], shapes: Mapping[str, Any], dtype: torch.dtype) -> None:
-        function = _import(text)
-        self.name, self._dtype = text, dtype
-        was = torch.get_default_dtype()
-        try:
-            torch.set_default_dtype(torch.float32)
-            with without_parameters(), torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)  # random inputs are the same in every run
-                made = function(dict(config))
-        except (Exception, SystemExit) as error:
-            raise UsageError(f"--model {text} failed: {one_line(error)}") from None
-        finally:
-            torch.set_default_dtype(was)
-        if not isinstance(made, tuple) or len(made) != 2 or not isinstance(made[0], nn.Module):
-            raise UsageError(f"--model {text} must return (module, inputs), returned {type(made).__name__}")
-        self.skeleton, self._inputs = made[0].to(dtype).eval(), made[1]
-        self.recipes = self._fit(shapes)
-        self.unused: tuple[str, ...] = ()
-
-    def _fit(self, shapes: Mapping[str, Any]) -> dict[str, Recipe]:
-        tensors = slots(self.skeleton)
-        by_name = {name: _renamed(name) for name in shapes if name in tensors}
-        made = {id(tensors[name]) for name in by_name}
-        missing = [name for name, tensor in tensors.items() if id(tensor) not in made]
-        extra = [name for name in shapes if name not in tensors]
-        wrong = [name for name in by_name if tuple(tensors[name].shape) != tuple(shapes[name])]
-        problem = (
-            f"it wants {printable(missing[0])}" if missing else
-            f"it has no {printable(extra[0])}" if extra else
-            f"its {printable(wrong[0])} is {list(tensors[wrong[0]].shape)}, on disk {list(shapes[wrong[0]])}" if wrong
-            else None
-        )  # fmt: skip
-        if problem:
-            hint = "its state_dict must have the names and shapes on disk"
-            raise UsageError(f"--model {self.name} does not fit the checkpoint: {problem}", hint=hint)
-        return by_name
-
-    def inputs(self, ranks: int, seed: int) -> dict[str, Any]:
-        if isinstance(self._inputs, Mapping):
-            return {key: self._widened(value) for key, value in self._inputs.items()}
-        values = self._inputs if isinstance(self._inputs, tuple) else (self._inputs,)
-        return {"": tuple(map(self._widened, values))}
-
-    def _widened(self, value: Any) -> Any:
-        return value.to(self._dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-
-
-def _import(text: str) -> Callable[[dict[str, Any]], Any]:
-    module_name, colon, function_name = text.partition(":")
-    if not colon or not module_name or not function_name:
-        raise UsageError(f"--model '{printable(text)}' is not package.module:function")
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-    try:
-        module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:
-        raise UsageError(f"--model {printable(text)} does not import: {one_line(error)}") from None
-    function = getattr(module, function_name, None)
-    if function is None:
-        raise UsageError(f"--model {printable(text)}: {module_name} has no {function_name}")
-    if not callable(function):
-        raise UsageError(f"--model {printable(text)} is not a function")
-    return function  # type: ignore[no-any-return]
 
 
 # ---------------------------------------------------------------------------------------------- filling in

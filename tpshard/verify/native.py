@@ -80,6 +80,10 @@ def native_figures(subject: Subject, weights: Weights, choice: Choice) -> Native
 
 def _figures(name: str, outcome: Outcome, subject: Subject) -> NativeFigures | str:
     want, got = outcome.outputs[0][0].double(), outcome.outputs[1][0].double()
+    if want.shape != got.shape:
+        return f"no figures in {name}: rank 0's output is {list(got.shape)}, not {list(want.shape)}"
+    if not bool(torch.isfinite(want).all() and torch.isfinite(got).all()):
+        return f"no figures in {name}: there are numbers that are not finite in its range"
     apart = got - want
     figures = NativeFigures(name, float(apart.abs().max()), float(apart.norm() / want.norm().clamp(min=1e-300)))
     if want.ndim != 3 or want.shape[-1] < 6 or not _is_vocabulary(subject, want.shape[-1]):

@@ -15,7 +15,7 @@ from tpshard.errors import InconclusiveError, printable
 from tpshard.layout import Box
 from tpshard.verify.block_tensor import BlockTensor, Context
 from tpshard.verify.blocks import Block
-from tpshard.verify.models import Model, Recipe, Source, slots
+from tpshard.verify.models import Model, Recipe, Source, one_line, slots
 from tpshard.verify.values import TORCH_DTYPES, Place, Weights, added_once, everything, layer_of
 
 Task = Literal["row", "column", "gather", "gather input", "whole"]
@@ -144,6 +144,11 @@ class Parameters:
             )
         except _ReadError:
             return False
+        except InconclusiveError:
+            raise
+        except Exception as error:
+            what = f"{self._model.name}: {name} cannot be made of {printable(recipe.names[0])}: {one_line(error)}"
+            raise InconclusiveError(what, hint="is config.json of this model?") from None
         if made is not None and tuple(made.shape) != self._shapes[name]:
             what = (
                 f"{self._model.name} wants {name} {list(self._shapes[name])}, the checkpoint gives {list(made.shape)}"

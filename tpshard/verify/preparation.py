@@ -12,13 +12,16 @@ import torch
 from torch import nn
 
 from tpshard.errors import InconclusiveError, printable
+from tpshard.layout import Box
 from tpshard.verify.block_tensor import Context
+from tpshard.verify.blocks import Block
 from tpshard.verify.execution import Subject, call, first_of, on_device, with_first
-from tpshard.verify.lockstep import AllDouble, Lockstep
-from tpshard.verify.models import FactoryModel, Model, TransformersModel, copy_with, one_line, slots
+from tpshard.verify.factory_model import FactoryModel
+from tpshard.verify.lockstep import AllDouble, Lockstep, no_fault_of_the_model
+from tpshard.verify.models import Model, TransformersModel, copy_with, one_line, slots
 from tpshard.verify.placement import NOBODY, REFERENCE, Layer, Parameters, find_layers
 from tpshard.verify.sections import outermost_blocks
-from tpshard.verify.values import Weights, layer_of, shape_of
+from tpshard.verify.values import WHOLE, Weights, layer_of, shape_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +80,9 @@ def _called(subject: Subject, weights: Weights) -> tuple[dict[str, Any], set[str
     except (Exception, SystemExit):
         try:
             return _calls(subject, weights, REFERENCE)
-        except InconclusiveError:
-            raise
         except (Exception, SystemExit) as error:
+            if (other := no_fault_of_the_model(error)) is not None:
+                raise other from None
             raise InconclusiveError(f"the unsharded model itself does not run: {one_line(error)}") from None
 
 
@@ -132,6 +135,19 @@ def _twin_is_called(skeleton: nn.Module, layer: Layer, called: set[str]) -> bool
     own = {id(parameter) for parameter in modules[layer.path].parameters(recurse=False)}
     others = (modules[path].parameters(recurse=False) for path in called)
     return any(id(parameter) in own for parameters in others for parameter in parameters)
+
+
+def require_sound_tables(subject: Subject, weights: Weights) -> None:
+    """Raises InconclusiveError where a table of the source has numbers that are not finite: the forward reads only
+    the rows that its input meets."""
+    context = Context(weights, torch.float64, torch.device("cpu"), sound=True)
+    for path, module in subject.model.skeleton.named_modules():
+        recipe = subject.model.recipes.get(f"{path}.weight") if isinstance(module, nn.Embedding) else None
+        for name in recipe.names if recipe else ():
+            shape = shape_of(weights, name)
+            whole = Box((0,) * len(shape), shape)
+            for part in Block(name, WHOLE, whole, tuple(range(len(shape))), whole).chunks():
+                context.values(part)
 
 
 def never_called(subject: Subject, visited: set[str]) -> list[str]:

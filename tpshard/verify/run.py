@@ -27,6 +27,7 @@ def verify(request: Request) -> Report:
 
 def _checks(request: Request) -> Iterator[CheckResult]:
     workers = request.workers or default_workers()
+    _require_device(request)
     source = open_full(request.against) if request.against else None
     files, shards = check_files(request.folder, workers, request.progress)
     yield files
@@ -58,3 +59,13 @@ def _model_checks(shards: Checkpoint, source: Checkpoint | None, request: Reques
     wanted = ModelRequest(request.factory, backward, request.isolate, request.device)
     with StoredWeights(shards, source) as weights:
         yield from check_model(weights, wanted)
+    for checkpoint in (shards, source) if source else (shards,):
+        checkpoint.check_unchanged()
+
+
+def _require_device(request: Request) -> None:
+    """Raises UsageError where the model is to run on a device that is not there: before hours of other checks."""
+    if request.device != "cpu" and request.wants("forward") and importlib.util.find_spec("torch") is not None:
+        from tpshard.verify.model_checks import require_device
+
+        require_device(request.device)

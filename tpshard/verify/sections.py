@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from tpshard.errors import InconclusiveError
 from tpshard.verify.block_tensor import Context
 from tpshard.verify.gradients import Comparison, Difference
-from tpshard.verify.lockstep import Lockstep
+from tpshard.verify.lockstep import Lockstep, no_fault_of_the_model
+from tpshard.verify.models import one_line
 from tpshard.verify.placement import REFERENCE
-from tpshard.verify.seams import TOLERANCE, difference
+from tpshard.verify.record import TOLERANCE, difference
 
 ALIKE = 1e-6
 SMALL = 1e-4  # of a section's largest gradient, by root mean square: one that is smaller is measured by that
@@ -139,14 +141,26 @@ class Sections:
         first = next(iter(everybody.values()))
         cotangents = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in first]
         if REFERENCE in everybody:
-            torch.autograd.backward(everybody[REFERENCE], cotangents, retain_graph=True)
+            self._go_back_alone(section, everybody[REFERENCE], cotangents)
         ranks = [run for run in everybody if run != REFERENCE]
         try:
             outputs = [tensor for run in ranks for tensor in everybody[run]]
             torch.autograd.backward(outputs, [c / self.ranks for c in cotangents] * len(ranks), retain_graph=True)
         except Exception as error:
+            if no_fault_of_the_model(error) is not None:
+                raise
             raise RanksBackwardError(f"on the way back from {section}: {error}") from error
         self._compare(section, ranks)
+
+    def _go_back_alone(self, section: str, tensors: list[torch.Tensor], cotangents: list[torch.Tensor]) -> None:
+        """The reference's backward. Raises InconclusiveError where its own code has none."""
+        try:
+            torch.autograd.backward(tensors, cotangents, retain_graph=True)
+        except Exception as error:
+            if no_fault_of_the_model(error) is not None:
+                raise
+            what = f"the unsharded model has no way back from {section}: {one_line(error)}"
+            raise InconclusiveError(what) from error
 
     def _compare(self, section: str, ranks: Sequence[int]) -> None:
         tapes = {run: context.tape for run, context in self.contexts.items()}
