@@ -21,7 +21,7 @@ def no_thread_is_left() -> Iterator[None]:
 
 
 def together(count: int, body: Callable[[Lockstep, int], Any]) -> list[Any]:
-    lock = Lockstep(count)
+    lock = Lockstep(range(count))
     return lock.run([lambda me=me: body(lock, me) for me in lock.runs])  # type: ignore[misc]
 
 
@@ -45,7 +45,7 @@ def test_what_any_run_knows_all_know(count: int) -> None:
 
 
 def test_one_process_has_the_total_and_knows_all() -> None:
-    lock, value, known = Lockstep(3), torch.arange(3.0), {"a": 1}
+    lock, value, known = Lockstep(range(3)), torch.arange(3.0), {"a": 1}
     assert torch.equal(lock.total(value), value)
     assert lock.agree(known) == {"a": 1}
     assert list(lock.runs) == [0, 1, 2]
@@ -55,7 +55,7 @@ def test_values_of_one_exchange_are_not_those_of_the_next() -> None:
     """A quick run hands in its next value while a slow one still reads."""
 
     def body(lock: Lockstep, me: int) -> list[list[int]]:
-        return [list(lock.exchange(me, f"{step}", 10 * step + me)) for step in range(50)]
+        return [list(lock.here(me, f"{step}", 10 * step + me)) for step in range(50)]
 
     want = [[10 * step + me for me in range(3)] for step in range(50)]
     assert together(3, body) == [want] * 3
@@ -72,7 +72,7 @@ def test_only_one_run_is_awake_at_a_time() -> None:
             torch.zeros(1000).sum()
             assert awake == [me]
             awake.remove(me)
-            lock.exchange(me, f"{step}", None)
+            lock.here(me, f"{step}", None)
 
     together(3, body)
     assert order == [0, 1, 2] * 20
@@ -88,7 +88,7 @@ def test_who_fails_is_told_with_the_last_exchange(who: int, after: int) -> None:
             for step in range(4):
                 if me == who and step == after:
                     raise ValueError("mine")
-                lock.exchange(me, f"step {step}", me)
+                lock.here(me, f"step {step}", me)
         finally:
             ended.append(me)
 
@@ -104,7 +104,7 @@ def test_who_fails_is_told_with_the_last_exchange(who: int, after: int) -> None:
 def test_a_run_that_ends_early_is_out_of_step(stops: int) -> None:
     def body(lock: Lockstep, me: int) -> None:
         for step in range(1 if me == stops else 3):
-            lock.exchange(me, f"step {step}", me)
+            lock.here(me, f"step {step}", me)
 
     with pytest.raises(RunError) as caught:
         together(3, body)
@@ -114,10 +114,10 @@ def test_a_run_that_ends_early_is_out_of_step(stops: int) -> None:
 
 def test_a_run_that_leaves_does_not_hang_the_others() -> None:
     def body(lock: Lockstep, me: int) -> None:
-        lock.exchange(me, "first", me)
+        lock.here(me, "first", me)
         if me == 1:
             raise SystemExit(3)
-        lock.exchange(me, "second", me)
+        lock.here(me, "second", me)
 
     with pytest.raises(RunError) as caught:
         together(3, body)

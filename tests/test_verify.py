@@ -394,7 +394,7 @@ def test_cells_that_moved_together_are_told_and_their_function_is_equal(llama: P
     folder.reseal()
     report = verify(Request(folder.path, against=llama, workers=1))
     assert report.checks[3].findings[0].layer == f"{layer}.gate_proj"
-    assert verdicts(report)["backward"] is Verdict.FAIL
+    assert verdicts(report)["backward"] is not Verdict.PASS
 
 
 # ------------------------------------------------------------------------------------------ comparing

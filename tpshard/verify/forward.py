@@ -111,9 +111,11 @@ def backward_result(
             findings = findings or [_gradient_finding(g, subject) for g in by_loss if g.wrong]
     if outcome.failure is not None and not findings:
         findings = [_broken(outcome)]
+    unproven = None if outcome.is_right else "gradients mean nothing where the forward differs already"
     return CheckResult(
         "backward",
         findings=tuple(findings),
+        unproven=unproven,
         covered={
             "parameters": len(met),
             "ranks": weights.ranks,
