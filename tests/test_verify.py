@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 
-from tests import a_model
+from tests import a_model, tiny_models
 from tests.tampering import Folder, read_file, write_file
 from tests.tiny_models import save_model
 from tpshard.convert import plan_merge, plan_split, run
@@ -395,6 +397,33 @@ def test_cells_that_moved_together_are_told_and_their_function_is_equal(llama: P
     report = verify(Request(folder.path, against=llama, workers=1))
     assert report.checks[3].findings[0].layer == f"{layer}.gate_proj"
     assert verdicts(report)["backward"] is not Verdict.PASS
+
+
+def test_isolate_lists_every_faulty_layer(llama: Path, tmp_path: Path) -> None:
+    run(plan_split(llama, tmp_path / "shards", 2))
+    folder = Folder(tmp_path / "shards")
+    for layer, leaf in ((0, "mlp.up_proj"), (1, "self_attn.q_proj"), (2, "mlp.down_proj")):
+        folder.set_bytes(f"model.layers.{layer}.{leaf}.weight", 1, 0, b"\x00\x00\x80\x3f")
+    folder.reseal()
+    request = Request(folder.path, against=llama, level="forward", workers=1)
+    assert [finding.layer for finding in verify(request).checks[3].findings] == ["model.layers.0.mlp.up_proj"]
+    found = [finding.layer for finding in verify(replace(request, isolate=True)).checks[3].findings]
+    assert found[0] == "model.layers.0.mlp.up_proj"
+    assert {"model.layers.1.self_attn.q_proj", "model.layers.2.mlp.down_proj"} <= set(found)
+    assert not any("layers.1.mlp" in str(layer) or "layers.2.self_attn" in str(layer) for layer in found)
+
+
+def test_experts_that_no_token_reaches_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tpshard.verify.inputs.MOST_SEQUENCES", 2)
+    sizes = tiny_models.FREE | {"num_local_experts": 70, "num_experts_per_tok": 1}
+    config = transformers.AutoConfig.for_model("gpt_oss", **sizes)
+    tiny_models.build(config, tiny_models.word_head(config)).save_pretrained(tmp_path / "model")
+    (tmp_path / "whole.yaml").write_text("name: whole\ndefault: replicate\nrules: {}\n")
+    run(plan_split(tmp_path / "model", tmp_path / "shards", 2, str(tmp_path / "whole.yaml")))
+    report = verify(Request(tmp_path / "shards", against=tmp_path / "model", level="forward", workers=1))
+    told = [note for note in report.checks[3].notes if "experts were not reached" in note]
+    assert len(told) == 2 * 3  # gate_up_proj and down_proj of three layers
+    assert all(re.search(r"experts\.\w+: \d+ of 70 experts", note) for note in told)
 
 
 # ------------------------------------------------------------------------------------------ comparing

@@ -17,6 +17,8 @@ from tpshard.errors import InconclusiveError
 
 POSITIONS = 24
 IMAGES = 2
+TOKENS_OF_EXPERT = 6  # wanted on average: one in 400 then goes without, if all are equally liked
+MOST_SEQUENCES = 16
 
 
 def make_inputs(module: nn.Module, config: Any, ranks: int, seed: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -70,7 +72,8 @@ class _Maker:
         return [i for key in _IMAGE_TOKENS if isinstance(i := getattr(self.config, key, None), int)]
 
     def ids(self, seed: int) -> torch.Tensor:
-        return token_ids(self.text.vocab_size, _longest(self.text), self.ranks, seed)
+        length = _longest(self.text)
+        return token_ids(self.text.vocab_size, length, self.ranks, seed, _sequences(self.text, min(POSITIONS, length)))
 
     def tokens(self, others: dict[str, Any]) -> dict[str, Any]:
         tokens = self.ids(self.seed)
@@ -158,11 +161,18 @@ def _longest(config: Any) -> int:
     return max(2, limit - 2) if limit else 2**20
 
 
-def token_ids(vocabulary: int, longest: int, ranks: int, seed: int) -> torch.Tensor:
-    """Two sequences of tokens drawn from equal strata of the vocabulary, so that every rank's part is met."""
+def _sequences(config: Any, length: int) -> int:
+    """Two; more where there are so many experts that some would go without a token."""
+    experts = _first(config, "num_local_experts", "num_experts", "n_routed_experts")
+    each = _first(config, "num_experts_per_tok", "num_experts_per_token", "moe_top_k") or 1
+    return min(MOST_SEQUENCES, max(2, math.ceil(TOKENS_OF_EXPERT * experts / (each * length))))
+
+
+def token_ids(vocabulary: int, longest: int, ranks: int, seed: int, sequences: int = 2) -> torch.Tensor:
+    """Sequences of tokens drawn from equal strata of the vocabulary, so that every rank's part is met."""
     length = min(max(POSITIONS, math.ceil(ranks / 2)), longest)
-    count = 2 * length
+    count = sequences * length
     generator = torch.Generator().manual_seed(seed)
     strata = (torch.arange(count) + torch.rand(count, generator=generator, dtype=torch.float64)) * vocabulary / count
     order = torch.randperm(count, generator=generator)
-    return strata.long().clamp(max=vocabulary - 1)[order].reshape(2, length)
+    return strata.long().clamp(max=vocabulary - 1)[order].reshape(sequences, length)
