@@ -44,6 +44,14 @@ def llama(folder: Path, size: int) -> Path:
     vocabulary, key_value = 128256, 8 * (hidden // 32)
     layer = 2 * (2 * hidden * hidden + 2 * hidden * key_value + 3 * hidden * inner)
     layers = max(1, round((size - 4 * vocabulary * hidden) / layer))
+    return llama_of(folder, hidden, inner, vocabulary, heads=32, key_value_heads=8, layers=layers)
+
+
+def llama_of(
+    folder: Path, hidden: int, inner: int, vocabulary: int, heads: int, key_value_heads: int, layers: int
+) -> Path:
+    """A Llama of these sizes, random numbers in BF16."""
+    key_value = key_value_heads * (hidden // heads)
     tensors: list[Named] = [("model.embed_tokens.weight", (vocabulary, hidden))]
     for number in range(layers):
         block = f"model.layers.{number}"
@@ -65,8 +73,8 @@ def llama(folder: Path, size: int) -> Path:
         "hidden_size": hidden,
         "intermediate_size": inner,
         "num_hidden_layers": layers,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_value_heads,
         "vocab_size": vocabulary,
         "torch_dtype": "bfloat16",
     }

@@ -230,6 +230,15 @@ def on_device(value: Any, device: torch.device) -> Any:
     return type(value)(on_device(item, device) for item in value) if type(value) in (tuple, list) else value
 
 
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """All tensors in dicts, lists and tuples."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(item)
+
+
 def tensors_of(output: Any) -> Iterator[torch.Tensor]:
     """The floating-point tensors of whatever a model returns, in order."""
     if isinstance(output, torch.Tensor):

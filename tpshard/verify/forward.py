@@ -20,8 +20,6 @@ from tpshard.verify.report import CheckResult, Finding, Table, error_size
 from tpshard.verify.sections import Gradient
 from tpshard.verify.values import Weights, layer_of
 
-MOST_NAMED = 10
-
 
 def forward_result(
     subject: Subject, weights: Weights, outcome: Outcome, isolate: bool, native: NativeFigures | str | None
@@ -65,14 +63,16 @@ def forward_result(
 
 
 def _layer_table(subject: Subject, record: Record) -> Table:
-    """Every layer's largest error, the worst first."""
+    """Every layer's largest error, the worst first; where some are wrong, those, in the order of execution."""
     tasks = {layer.name: layer.task for layer in subject.layers}
     worst: dict[str, float] = {}
     for seam in record.counted:
         worst[seam.layer] = max(seam.error, worst.get(seam.layer, 0.0))
-    ordered = sorted(worst.items(), key=lambda item: -item[1])
+    wrong = {seam.layer for seam in record.counted if seam.wrong}
+    ordered = [item for item in worst.items() if item[0] in wrong] or sorted(worst.items(), key=lambda item: -item[1])
     rows = tuple((name, tasks.get(name, "-"), error_size(error, TOLERANCE)) for name, error in ordered)
-    return Table("largest errors", ("layer", "task", "relative error"), rows)
+    title = "wrong, in the order of execution" if wrong else "largest errors"
+    return Table(title, ("layer", "task", "relative error"), rows)
 
 
 def _gradient_table(subject: Subject, gradients: Sequence[Gradient]) -> Table:
@@ -207,10 +207,6 @@ def _notes(subject: Subject, record: Record, idle: Sequence[str]) -> Iterator[st
             f"other numbers than the reference's at the same places in {_some(record.moved)}, but all that is whole is "
             "the same: the bytes differ, the function is equal"
         )
-    first = next((seam.layer for seam in record.counted if seam.wrong), None)
-    later = list(dict.fromkeys(seam.layer for seam in record.counted if seam.wrong and seam.layer != first))
-    if later:
-        yield f"later: {', '.join(later[:MOST_NAMED])}{', ...' if len(later) > MOST_NAMED else ''}"
 
 
 def _idle_experts(subject: Subject, outcome: Outcome) -> Iterator[str]:

@@ -7,13 +7,15 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from tpshard.errors import InconclusiveError
-from tpshard.verify.execution import Outcome, Subject, Way, execute, tensors_of
+from tpshard.verify.execution import Outcome, Subject, Way, execute, tensors_in, tensors_of
 from tpshard.verify.inputs import signature_of
-from tpshard.verify.models import one_line
+from tpshard.verify.models import one_line, slots
 from tpshard.verify.values import Weights
 
+MOST = 10**9  # bytes of activations
 WORDS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration")
 
 
@@ -36,9 +38,20 @@ def loss_of(subject: Subject) -> tuple[str, Mapping[str, Any], Callable[[Any], t
     return "mean square distance", inputs, distance
 
 
+def activations(subject: Subject) -> int:
+    """About as many bytes as all runs keep until the way back: what matrices are given and return, in float64."""
+    first = max((tensor.shape[:2].numel() for tensor in tensors_in(subject.inputs)), default=1)
+    tables = {id(part.weight) for part in subject.model.skeleton.modules() if isinstance(part, nn.Embedding)}
+    matrices = [t for t in slots(subject.model.skeleton).values() if t.ndim >= 2 and id(t) not in tables]
+    return sum(sum(t.shape[-2:]) for t in matrices) * first * 8 * (subject.ranks + 1)
+
+
 def run_loss(subject: Subject, weights: Weights) -> tuple[str, Outcome | str]:
     """The loss's name and what its gradients showed; or why there are none, which is no verdict."""
     name, inputs, function = loss_of(subject)
+    needed = activations(subject)
+    if needed > MOST:
+        return name, f"its activations take about {needed / 1e9:.1f} GB"
     try:
         outcome = execute(replace(subject, inputs=inputs), weights, Way(loss=function))
     except InconclusiveError as error:
