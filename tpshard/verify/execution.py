@@ -19,7 +19,7 @@ from tpshard.verify.models import Model, copy_with, one_line
 from tpshard.verify.placement import REFERENCE, Layer, Parameters
 from tpshard.verify.record import EnoughError, Record, together
 from tpshard.verify.seams import Hooks
-from tpshard.verify.sections import Gradient, RanksBackwardError, Sections, judged
+from tpshard.verify.sections import Gradient, RanksBackwardError, Sections, judged, tensors_in
 from tpshard.verify.values import Weights
 
 
@@ -230,26 +230,9 @@ def on_device(value: Any, device: torch.device) -> Any:
     return type(value)(on_device(item, device) for item in value) if type(value) in (tuple, list) else value
 
 
-def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """All tensors in dicts, lists and tuples."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from tensors_in(item)
-
-
 def tensors_of(output: Any) -> Iterator[torch.Tensor]:
     """The floating-point tensors of whatever a model returns, in order."""
-    if isinstance(output, torch.Tensor):
-        if output.is_floating_point():
-            yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from tensors_of(value)
-    elif isinstance(output, list | tuple):
-        for value in output:
-            yield from tensors_of(value)
+    return (tensor for tensor in tensors_in(output) if tensor.is_floating_point())
 
 
 def detached(output: Any) -> list[torch.Tensor]:

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from tpshard.errors import InconclusiveError
-from tpshard.verify.execution import Outcome, Subject, Way, execute, tensors_in, tensors_of
+from tpshard.verify.execution import Outcome, Subject, Way, execute, tensors_of
 from tpshard.verify.inputs import signature_of
 from tpshard.verify.models import one_line, slots
+from tpshard.verify.sections import tensors_in
 from tpshard.verify.values import Weights
 
 MOST = 10**9  # bytes of activations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -167,8 +166,3 @@ def kind_of_block(subject: Subject, weights: Weights, path: str) -> Any:
         for name, tensor in slots(module).items()
         if (recipe := subject.model.recipes.get(f"{path}.{name}")) is not None
     )
-
-
-def numbered(name: str) -> str:
-    """A name with its numbers struck out: the same for all layers."""
-    return re.sub(r"\d+", "*", name)

@@ -9,7 +9,7 @@ one backward goes through all of them; each copy returns the whole of the result
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,7 +98,7 @@ class Sections:
     def _cut(self, run: int, section: str, value: Any, keep: bool = False) -> Any:
         """The same value without history, its history gone back through. ``keep``: it may be met again."""
         side = self._sides[run]
-        present = {id(t): t for t in _tensors(value) if t.grad_fn is not None and id(t) not in side.handed}
+        present = {id(t): t for t in tensors_in(value) if t.grad_fn is not None and id(t) not in side.handed}
         tensors = {number: t for number, t in present.items() if number not in side.given}
         known = {number: side.given[number][1].clone() for number in present if number in side.given}
         if tensors or not keep:
@@ -201,13 +201,13 @@ def judged(section: str, found: Sequence[Difference]) -> list[Gradient]:
     return gradients
 
 
-def _tensors(value: Any) -> list[torch.Tensor]:
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     """The tensors in tuples, lists and dicts, in order."""
     if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    return [t for item in value for t in _tensors(item)] if isinstance(value, tuple | list) else []
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(item)
 
 
 def _replaced(value: Any, by_id: Mapping[int, torch.Tensor]) -> Any:
