@@ -31,5 +31,15 @@ class Request:
     launch: Launch | None = None
     timeout: float = 600.0
 
+    @property
+    def backward(self) -> bool | None:
+        """Whether to go back; None where the model's size decides."""
+        return {"forward": False, "backward": True}.get(self.level or "")
+
+    @property
+    def after_files(self) -> tuple[Level, ...]:
+        """The levels that cannot be had where the files are not as they should be."""
+        return tuple(level for level in LEVELS[1:] if self.wants(level))
+
     def wants(self, level: Level) -> bool:
         return LEVELS.index(level) <= LEVELS.index(self.level or "backward")

@@ -10,8 +10,8 @@ from tpshard.errors import UsageError
 from tpshard.verify.files import check_files, default_workers
 from tpshard.verify.layout import check_layout
 from tpshard.verify.report import CheckResult, Report, timed
-from tpshard.verify.request import LEVELS, Request
-from tpshard.verify.weights import check_weights, comparable
+from tpshard.verify.request import Request
+from tpshard.verify.weights import check_weights, same_tensors
 
 
 def verify(request: Request) -> Report:
@@ -32,9 +32,8 @@ def _checks(request: Request) -> Iterator[CheckResult]:
     files, shards = check_files(request.folder, workers, request.progress)
     yield files
     if shards is None:
-        for level in LEVELS[1:]:
-            if request.wants(level):
-                yield CheckResult(level, unproven="the files are not as they should be")
+        for level in request.after_files:
+            yield CheckResult(level, unproven="the files are not as they should be")
         return
     if request.wants("weights"):
         yield check_weights(shards, source, workers, request.progress)
@@ -49,14 +48,13 @@ def _model_checks(shards: Checkpoint, source: Checkpoint | None, request: Reques
     if importlib.util.find_spec("torch") is None:
         yield CheckResult("forward", unproven="torch is not installed (pip install 'tpshard[hf]')")
         return
-    if source and not all(comparable(shards, source, name) for name in {*shards.tensors, *source.tensors}):
+    if source and not same_tensors(shards, source):
         yield CheckResult("forward", unproven="the shards' tensors are not those of the source")
         return
     from tpshard.verify.model_checks import ModelRequest, check_model
     from tpshard.verify.values import StoredWeights
 
-    backward = {"forward": False, "backward": True}.get(request.level or "")
-    wanted = ModelRequest(request.factory, backward, request.isolate, request.device)
+    wanted = ModelRequest(request.factory, request.backward, request.isolate, request.device)
     with StoredWeights(shards, source) as weights:
         yield from check_model(weights, wanted)
     for checkpoint in (shards, source) if source else (shards,):

@@ -13,9 +13,9 @@ from tpshard.verify.layout import check_layout
 from tpshard.verify.model_checks import ModelRequest, check_model
 from tpshard.verify.processes import Group, ProcessLockstep, connected
 from tpshard.verify.report import CheckResult, Report, timed
-from tpshard.verify.request import LEVELS, Request
+from tpshard.verify.request import Request
 from tpshard.verify.values import StoredWeights
-from tpshard.verify.weights import check_weights, comparable
+from tpshard.verify.weights import check_weights, same_tensors
 
 
 def verify_together(request: Request) -> Report:
@@ -42,9 +42,8 @@ def _checks(request: Request, group: Group) -> Iterator[CheckResult]:
     yield combined(group.everywhere(look))
     shards, source = opened["shards"], opened["source"]
     if not all(group.gathered(shards is not None)) or shards is None:
-        for level in LEVELS[1:]:
-            if request.wants(level):
-                yield CheckResult(level, unproven="the files are not as they should be")
+        for level in request.after_files:
+            yield CheckResult(level, unproven="the files are not as they should be")
         return
     if source is None:
         shards = group.everywhere(lambda: open_shards(request.folder))[group.rank]
@@ -79,15 +78,16 @@ def _weights(
 def _model_checks(
     shards: Checkpoint, source: Checkpoint | None, group: Group, request: Request
 ) -> Iterator[CheckResult]:
-    if source and not all(comparable(shards, source, name) for name in {*shards.tensors, *source.tensors}):
+    if source and not same_tensors(shards, source):
         yield CheckResult("forward", unproven="the shards' tensors are not those of the source")
         return
-    backward = {"forward": False, "backward": True}.get(request.level or "")
     wanted = ModelRequest(
-        request.factory, backward, request.isolate, request.device, new_lock=lambda _: ProcessLockstep(group)
+        request.factory, request.backward, request.isolate, request.device, new_lock=lambda _: ProcessLockstep(group)
     )
     with StoredWeights(shards, source) as weights:
         yield from check_model(weights, wanted)
+    for checkpoint in (shards, source) if source else (shards,):
+        group.everywhere(checkpoint.check_unchanged)
 
 
 def combined(results: Sequence[CheckResult]) -> CheckResult:

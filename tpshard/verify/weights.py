@@ -93,6 +93,11 @@ def comparable(shards: Checkpoint, source: Checkpoint, name: str) -> bool:
     return tensor is not None and other is not None and (tensor.dtype, tensor.shape) == (other.dtype, other.shape)
 
 
+def same_tensors(shards: Checkpoint, source: Checkpoint) -> bool:
+    """Whether the two have the same tensors, of the same dtypes and shapes."""
+    return all(comparable(shards, source, name) for name in {*shards.tensors, *source.tensors})
+
+
 class _Comparison:
     """One tensor: the whole read slab by slab, and every rank's own bytes beside it."""
 
