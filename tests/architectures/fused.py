@@ -34,7 +34,10 @@ ARCHITECTURES = (
     Architecture(
         "gpt_neox_japanese",
         "gpt_neox",
-        PLAIN | {"hidden_size": 96, "intermediate_multiple_size": 3, "rotary_pct": 0.5},
+        {
+            **WORDS, "hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 12,
+            "intermediate_multiple_size": 3, "rotary_pct": 0.5, "max_position_embeddings": 40,
+        },
         TP,
     ),
     Architecture("persimmon", "persimmon", PLAIN | {"hidden_size": 96}, TP),

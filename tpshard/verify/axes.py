@@ -14,12 +14,16 @@ from tpshard.verify.slots import Slot
 Index = NDArray[np.int64]
 
 
+BY_QUERY_HEAD = ("query head", "q-k-v triple")  # labels of parts with a unit for each query head
+
+
 class Part(NamedTuple):
-    """A stretch of an axis: so many units called ``label``, of ``width`` cells each."""
+    """A stretch of an axis: so many units called ``label``, of ``width`` cells each, counted from ``first``."""
 
     label: str
     units: int
     width: int
+    first: int = 0
 
     @property
     def cells(self) -> int:
@@ -52,6 +56,12 @@ def parts_of(tensor: Stored, slot: Slot, axis: int, sizes: Sizes) -> list[Part]:
         case "qkv":
             counts = [("query head", query), ("key head", key_value), ("value head", key_value)]
             parts = _heads(counts, slot, size, sizes)
+        case "qkv_by_head":
+            parts = _fused(Part("q-k-v triple", query, 3), size, sizes)
+        case "qkv_by_group":
+            parts = _fused(Part("key-value group", key_value, query // key_value + 2), size, sizes)
+        case "qvk_in_fours":
+            parts = _in_fours(query, size, sizes)
         case "kv":
             parts = _heads([("key head", key_value), ("value head", key_value)], slot, size, sizes)
     if sum(part.cells for part in parts) != size:
@@ -63,6 +73,19 @@ def _heads(counts: list[tuple[str, int]], slot: Slot, size: int, sizes: Sizes) -
     """Parts of whole heads; where config.json is silent about the size of one, what the axis has room for."""
     width = 1 if slot.row_per_head else sizes.head or size // sum(count for _, count in counts)
     return [Part(label, count, width) for label, count in counts]
+
+
+def _fused(unit: Part, size: int, sizes: Sizes) -> list[Part]:
+    """One part of units of several heads each."""
+    width = sizes.head or size // (unit.units * unit.width)
+    return [unit._replace(width=unit.width * width)]
+
+
+def _in_fours(query: int, size: int, sizes: Sizes) -> list[Part]:
+    """CodeGen: q, v, k of the first quarter of the heads, then of the second ..."""
+    width, quarter = sizes.head or size // (3 * query), query // 4
+    labels = ("query head", "value head", "key head")
+    return [Part(label, quarter, width, first) for first in range(0, 4 * quarter, quarter or 1) for label in labels]
 
 
 def _misfit(axis: int, size: int, parts: list[Part], ranks: int) -> str:

@@ -55,7 +55,9 @@ def _cut_inside(tensor: Stored, axis: int, parts: list[Part]) -> tuple[int, str]
                 unit, cell = divmod(edge - base, part.width)
                 if 0 <= edge - base < part.cells and cell:
                     line = "column" if axis else "row"
-                    return rank, f"cut at {line} {edge} is inside {part.label} {unit} (head size {part.width})"
+                    kind = part.label.split()[-1]
+                    inside = f"{part.label} {unit + part.first} ({kind} size {part.width})"
+                    return rank, f"cut at {line} {edge} is inside {inside}"
                 base += part.cells
     return None
 
@@ -92,7 +94,7 @@ def _cell(parts: list[Part], index: int | None) -> str:
         return "nothing more"
     for part in parts:
         if index < part.cells:
-            unit = f"{part.label} {index // part.width}"
+            unit = f"{part.label} {index // part.width + part.first}"
             return unit if part.width == 1 else f"{unit} (cell {index % part.width} of {part.width})"
         index -= part.cells
     raise AssertionError("beyond the axis")

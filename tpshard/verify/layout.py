@@ -18,14 +18,12 @@ from typing import NamedTuple
 import numpy as np
 
 from tpshard.checkpoint import Checkpoint, Stored
-from tpshard.verify.axes import Index, Part, held, parts_of
+from tpshard.verify.axes import BY_QUERY_HEAD, Index, Part, held, parts_of
 from tpshard.verify.differences import describe_difference
-from tpshard.verify.families import FAMILIES, Sizes, sizes_of
+from tpshard.verify.families import Sizes, family_of, sizes_of
 from tpshard.verify.report import CheckResult, Finding
-from tpshard.verify.slots import Slot, slot_of
+from tpshard.verify.slots import OF_ATTENTION, Slot, slot_of
 from tpshard.verify.ties import check_ties
-
-_OF_ATTENTION = frozenset({"query", "key_value", "qkv", "kv"})
 
 
 class Member(NamedTuple):
@@ -50,7 +48,7 @@ class Dealing:
 def check_layout(shards: Checkpoint) -> CheckResult:
     """Compare every tensor's recorded layout with the one that config.json asks for."""
     model_type = str(shards.config.get("model_type", ""))
-    family, sizes = FAMILIES.get(model_type), sizes_of(shards.config)
+    family, sizes = family_of(shards.config), sizes_of(shards.config)
     if family is None:
         what = f"of model_type '{model_type}'" if model_type else "without config.json"
         return CheckResult("layout", unproven=f"nothing is known apart from the policy about a model {what}")
@@ -90,7 +88,7 @@ def _block(tensor: Stored, slot: Slot) -> str:
         return "embedding" if slot.consumer else "output head"
     numbered = re.match(r"(.*\.\d+)\.", tensor.name)
     of_heads = "cross-attention" if slot.cross else "attention"
-    kind = of_heads if slot.meaning in _OF_ATTENTION else "feed-forward"
+    kind = of_heads if slot.meaning in OF_ATTENTION else "feed-forward"
     return f"{numbered[1] if numbered else ''}:{kind}"
 
 
@@ -173,7 +171,7 @@ def _ways(block: list[Member], sizes: Sizes, ranks: int) -> list[Dealing]:
 
     ways = [Dealing(by_head, _channel_unit(block))]
     ways += [Dealing(by_head, padded=length) for length in sorted(_padded_lengths(block))]
-    if block[0].slot.meaning in _OF_ATTENTION and sizes.query % ranks:
+    if block[0].slot.meaning in OF_ATTENTION and sizes.query % ranks:
         ways.append(Dealing(lambda rank: _heads_by_group(sizes, ranks, rank)))
     return ways
 
@@ -233,18 +231,19 @@ def _own_length(slot: Slot, way: Dealing, want: Index) -> int:
 def _wanted(parts: list[Part], slot: Slot, sizes: Sizes, way: Dealing, rank: int, ranks: int) -> Index:
     """The indices that a rank should hold, in order."""
     cells, base = [], 0
-    for label, count, width in parts:
+    for label, count, width, first in parts:
         if way.padded and slot.meaning in ("word", "channel"):
             units = np.arange(min(rank * way.padded, count), min((rank + 1) * way.padded, count))
         elif slot.meaning == "word":
             units = balanced(count, ranks, rank)
-        elif slot.meaning not in _OF_ATTENTION:
+        elif slot.meaning not in OF_ATTENTION:
             blocks = balanced(count // way.channels, ranks, rank)
             units = (blocks[:, None] * way.channels + np.arange(way.channels)).reshape(-1)
-        elif label == "query head":
+        else:
             units = way.query_heads(rank)
-        else:  # those that the rank's query heads use
-            units = np.unique(way.query_heads(rank) // (sizes.query // sizes.key_value))
+            if label not in BY_QUERY_HEAD:  # those that the rank's query heads use
+                units = np.unique(units // (sizes.query // sizes.key_value))
+            units = units[(units >= first) & (units < first + count)] - first
         cells.append(base + (units[:, None] * width + np.arange(width)).reshape(-1))
         base += count * width
     return np.concatenate(cells)

@@ -8,13 +8,20 @@ from typing import Literal
 
 from tpshard.layout import Shape
 
-Meaning = Literal["query", "key_value", "qkv", "kv", "channel", "gate_up", "word", "head_cell"]
+Meaning = Literal[
+    "query", "key_value", "qkv", "kv", "qkv_by_head", "qkv_by_group", "qvk_in_fours",
+    "channel", "gate_up", "word", "head_cell",
+]  # fmt: skip
+OF_ATTENTION = frozenset({"query", "key_value", "qkv", "kv", "qkv_by_head", "qkv_by_group", "qvk_in_fours"})
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
     """A kind of layer: what its cut axis counts, and which axis that is in the weight (in a bias it is axis 0, or
     there is none: ``consumer`` layers add their bias once).
+
+    Fused: ``qkv`` is all of q, then all of k, of v; ``qkv_by_head`` each head's q, k and v; ``qkv_by_group`` each
+    key-value head's query heads, then its k and v; ``qvk_in_fours`` four times q, v, k of a quarter of the heads.
 
     ``row_per_head``: the axis has one row for a head, not one for each cell of it. ``all_of``: the layer works on all
     heads together, so it is whole, and so must be the output of the layer named. ``cross``: the heads are those of

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tpshard.verify.families import decoders, encoders
+from tpshard.verify.families import decoders, encoders, fused
 from tpshard.verify.slots import Slot
 
-FAMILIES: Mapping[str, Mapping[str, Slot]] = {**decoders.FAMILIES, **encoders.FAMILIES}
-TIED_BY_DEFAULT = decoders.TIED_BY_DEFAULT | encoders.TIED_BY_DEFAULT
+FAMILIES: Mapping[str, Mapping[str, Slot]] = {**decoders.FAMILIES, **encoders.FAMILIES, **fused.FAMILIES}
+TIED_BY_DEFAULT = decoders.TIED_BY_DEFAULT | encoders.TIED_BY_DEFAULT | fused.TIED_BY_DEFAULT
 _HEAD_SIZE_BY_DEFAULT = decoders.HEAD_SIZE_BY_DEFAULT
 
 
@@ -33,20 +33,32 @@ class Sizes:
         return self.channels if unit == "channel" else self.words
 
 
+def family_of(config: Mapping[str, Any]) -> Mapping[str, Slot] | None:
+    """The slots of a config's architecture; None where nothing is known of it."""
+    return fused.variant_of(config) or FAMILIES.get(str(config.get("model_type")))
+
+
 def sizes_of(config: Mapping[str, Any]) -> Sizes | None:
     """What a config tells of its model's sizes, by the names in use; None where it tells of no heads."""
-    query = _first(config, "num_attention_heads", "n_head", "n_heads")
+    query = _first(config, "num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
     if query is None:
         return None
     width = _first(config, "hidden_size", "n_embd", "dim", "d_model")
     by_default = _HEAD_SIZE_BY_DEFAULT.get(str(config.get("model_type")))
     return Sizes(
         query=query,
-        key_value=_first(config, "num_key_value_heads", "num_kv_heads") or query,
+        key_value=_key_value(config, query),
         head=_first(config, "head_dim") or by_default or (width // query if width and width % query == 0 else None),
-        channels=_first(config, "intermediate_size", "n_inner", "hidden_dim"),
+        channels=_first(config, "intermediate_size", "n_inner", "hidden_dim", "ffn_dim", "ffn_hidden_size"),
         words=_first(config, "vocab_size"),
     )
+
+
+def _key_value(config: Mapping[str, Any], query: int) -> int:
+    multi_query = config.get("multi_query")
+    if isinstance(multi_query, bool) and config.get("new_decoder_architecture") is not True:  # Falcon, GPT-BigCode
+        return 1 if multi_query else query
+    return _first(config, "num_key_value_heads", "num_kv_heads") or query
 
 
 def are_tied(config: Mapping[str, Any]) -> bool:
