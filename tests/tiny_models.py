@@ -6,7 +6,8 @@ into 2, 3 and 6 ranks; a vocabulary of 1003 goes into none of them.
 
 from __future__ import annotations
 
-import importlib
+import copy
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 logging.disable_progress_bar()
@@ -78,7 +80,7 @@ def make_config(model_type: str, kv_heads: int = 2, **changes: Any) -> Any:
 def build(config: Any, head: str) -> Any:
     """The model, with random weights everywhere: no zero bias, no norm of ones."""
     torch.manual_seed(0)
-    model = getattr(transformers, head)(config).eval()
+    model = getattr(transformers, head)(copy.deepcopy(config)).eval()  # which saving changes
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -88,7 +90,11 @@ def build(config: Any, head: str) -> Any:
 
 def heads(config: Any) -> Iterator[str]:
     """The names of all model classes that transformers has for a config."""
-    module = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
+    path = type(config).__module__.replace(".configuration_", ".modeling_")
+    if importlib.util.find_spec(path) is None:  # a config for the classes of another architecture
+        yield MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
+        return
+    module = importlib.import_module(path)
     for name in module.__all__:
         found = getattr(module, name)
         of_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)

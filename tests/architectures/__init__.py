@@ -45,6 +45,6 @@ class Architecture:
 
 
 def architectures() -> tuple[Architecture, ...]:
-    from tests.architectures import decoders, encoders, fused
+    from tests.architectures import decoders, encoders, fused, llama_kin
 
-    return tuple(found for module in (decoders, encoders, fused) for found in module.ARCHITECTURES)
+    return tuple(found for module in (decoders, encoders, fused, llama_kin) for found in module.ARCHITECTURES)

@@ -60,6 +60,18 @@ def own_part(value: torch.Tensor, cut: Cut, run: int, axis: int) -> torch.Tensor
     return value.index_select(axis, index.to(value.device))
 
 
+def chosen_by(values: Sequence[torch.Tensor], cut: Cut) -> torch.Tensor:
+    """Each feature from the rank that holds it. Another's need not be zeros: attention with a key-value head that
+    ranks share gives something for query heads that are not there."""
+    owner = torch.empty(sum(map(len, cut.first)), dtype=torch.int64)
+    for rank, own in enumerate(cut.first):
+        owner[own] = rank
+    chosen = values[0]
+    for rank, value in enumerate(values[1:], start=1):
+        chosen = torch.where((owner == rank).to(value.device), value, chosen)
+    return chosen
+
+
 def joined_by(parts: Sequence[torch.Tensor], cut: Cut, axis: int) -> torch.Tensor:
     """The features of all ranks' own parts, in their order."""
     own = [part.narrow(axis, 0, len(first)) for part, first in zip(parts, cut.first, strict=True)]

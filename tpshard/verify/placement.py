@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -34,12 +34,14 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A layer of the model: its path in the module, its name on disk, its task, and its weight's cut if it has one."""
+    """A layer of the model: its path in the module, its name on disk, its task, and its weight's cut if it has one.
+    ``beside``: where its input is gathered, the cuts of the row layers of the same module."""
 
     path: str
     name: str
     task: Task
     cut: Cut | None
+    beside: tuple[Cut, ...] = ()
 
 
 class _ReadError(Exception):
@@ -188,7 +190,14 @@ def find_layers(weights: Weights, model: Model, parameters: Parameters) -> list[
             task = _task_of_twin(modules[layer_of(name)], cut)
             _add(found, modules, Layer(layer_of(name), layer_of(name), task, cut))
     order = {path: place for place, path in enumerate(modules)}
-    return sorted(found.values(), key=lambda layer: order[layer.path])
+    layers = sorted(found.values(), key=lambda layer: order[layer.path])
+    return [_with_cuts_beside(layer, layers) if layer.task == "gather input" else layer for layer in layers]
+
+
+def _with_cuts_beside(layer: Layer, layers: Sequence[Layer]) -> Layer:
+    block = layer_of(layer.path)
+    rows = (other.cut for other in layers if other.task == "row" and layer_of(other.path) == block)
+    return replace(layer, beside=tuple(cut for cut in rows if cut))
 
 
 def _layer(weights: Weights, parameter: str, recipe: Recipe, cut: Cut | None) -> Layer:

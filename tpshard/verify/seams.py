@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tpshard.verify.features import feature_axis, joined_by, only, own_part, own_units, wants_whole_input
+from tpshard.verify.features import chosen_by, feature_axis, joined_by, only, own_part, own_units, wants_whole_input
 from tpshard.verify.lockstep import Lockstep
 from tpshard.verify.placement import REFERENCE, Layer
 from tpshard.verify.record import OWN_PART, Record
@@ -67,14 +67,16 @@ class Hooks:
             self.record.compare(layer.name, "input", run - 1, args[0].movedim(axis, -1), want.movedim(axis, -1))
 
     def _join_input(self, run: int, layer: Layer, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Each feature from the lowest rank that has something there: the others hold zeros, or the same."""
+        """Each feature from the rank that has its column of the row layer beside; where there is none of as many
+        features, from the lowest rank that has something there."""
         joined = []
         for number, value in enumerate(args):
             if isinstance(value, torch.Tensor) and value.is_floating_point():
                 want = self.lock.reference(run, f"{layer.path}, input {number}", _kept(run, value))
                 parts = self.lock.ranks(run, f"{layer.path}, input {number}", value)
                 if run != REFERENCE:
-                    got = _first_nonzero(parts)
+                    cut = next((c for c in layer.beside if sum(map(len, c.first)) == value.shape[-1]), None)
+                    got = chosen_by(parts, cut) if cut else _first_nonzero(parts)
                     self.record.compare(layer.name, "gathered input", run - 1, got, want)
                     value = self._onwards(got, want)
             joined.append(value)

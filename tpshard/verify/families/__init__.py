@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tpshard.verify.families import decoders, encoders, fused
+from tpshard.verify.families import decoders, encoders, fused, llama_kin
 from tpshard.verify.slots import Slot
 
-FAMILIES: Mapping[str, Mapping[str, Slot]] = {**decoders.FAMILIES, **encoders.FAMILIES, **fused.FAMILIES}
-TIED_BY_DEFAULT = decoders.TIED_BY_DEFAULT | encoders.TIED_BY_DEFAULT | fused.TIED_BY_DEFAULT
-_HEAD_SIZE_BY_DEFAULT = decoders.HEAD_SIZE_BY_DEFAULT
+_MODULES = decoders, encoders, fused, llama_kin
+FAMILIES: Mapping[str, Mapping[str, Slot]] = {kind: slots for file in _MODULES for kind, slots in file.FAMILIES.items()}
+TIED_BY_DEFAULT = frozenset(kind for file in _MODULES for kind in file.TIED_BY_DEFAULT)
+_HEAD_SIZE_BY_DEFAULT = {**decoders.HEAD_SIZE_BY_DEFAULT, **llama_kin.HEAD_SIZE_BY_DEFAULT}
 
 
 @dataclass(frozen=True, slots=True)
