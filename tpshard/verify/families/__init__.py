@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tpshard.verify.families import decoders, encoders, fused, llama_kin
+from tpshard.verify.families import decoders, encoders, fused, llama_kin, remote_code
 from tpshard.verify.slots import Slot
 
-_MODULES = decoders, encoders, fused, llama_kin
+_MODULES = decoders, encoders, fused, llama_kin, remote_code
 FAMILIES: Mapping[str, Mapping[str, Slot]] = {kind: slots for file in _MODULES for kind, slots in file.FAMILIES.items()}
 TIED_BY_DEFAULT = frozenset(kind for file in _MODULES for kind in file.TIED_BY_DEFAULT)
 _HEAD_SIZE_BY_DEFAULT = {**decoders.HEAD_SIZE_BY_DEFAULT, **llama_kin.HEAD_SIZE_BY_DEFAULT}
@@ -49,7 +49,9 @@ def sizes_of(config: Mapping[str, Any]) -> Sizes | None:
     return Sizes(
         query=query,
         key_value=_key_value(config, query),
-        head=_first(config, "head_dim") or by_default or (width // query if width and width % query == 0 else None),
+        head=_first(config, "head_dim", "kv_channels")
+        or by_default
+        or (width // query if width and width % query == 0 else None),
         channels=_first(config, "intermediate_size", "n_inner", "hidden_dim", "ffn_dim", "ffn_hidden_size"),
         words=_first(config, "vocab_size"),
     )
@@ -59,7 +61,7 @@ def _key_value(config: Mapping[str, Any], query: int) -> int:
     multi_query = config.get("multi_query")
     if isinstance(multi_query, bool) and config.get("new_decoder_architecture") is not True:  # Falcon, GPT-BigCode
         return 1 if multi_query else query
-    return _first(config, "num_key_value_heads", "num_kv_heads") or query
+    return _first(config, "num_key_value_heads", "num_kv_heads", "multi_query_group_num") or query
 
 
 def are_tied(config: Mapping[str, Any]) -> bool:
