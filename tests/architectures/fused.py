@@ -42,6 +42,17 @@ ARCHITECTURES = (
     ),
     Architecture("persimmon", "persimmon", PLAIN | {"hidden_size": 96}, TP),
     Architecture(
+        "fuyu",
+        "fuyu",
+        {
+            "text_config": PLAIN | {"hidden_size": 96, "model_type": "persimmon"},
+            "patch_size": 5, "num_channels": 3, "image_token_id": 209,
+            **{key: PLAIN[key] for key in ("vocab_size", "num_attention_heads", "num_hidden_layers", "intermediate_size")},
+            "hidden_size": 96,
+        },
+        TP,
+    ),
+    Architecture(
         "falcon",
         "falcon-rw",
         FALCON | {"multi_query": False, "alibi": True, "bias": True, "parallel_attn": False},

@@ -27,7 +27,10 @@ def make_inputs(module: nn.Module, config: Any, ranks: int, seed: int, dtype: to
     maker = _Maker(config, ranks, seed, dtype)
     inputs: dict[str, Any] = {}
     if "pixel_values" in wanted and maker.vision is not None and maker.has_image_token():
-        inputs |= maker.patches() if "image_grid_thw" in wanted else maker.images()
+        if "image_patches" in wanted:
+            inputs |= maker.flat_patches()
+        else:
+            inputs |= maker.patches() if "image_grid_thw" in wanted else maker.images()
     if "input_features" in wanted:
         inputs |= maker.features()
     if "input_values" in wanted:
@@ -93,6 +96,8 @@ class _Maker:
         if "image_grid_thw" in others:
             t, h, w = others["image_grid_thw"][0].tolist()
             return int(t * h * w // merge**2)
+        if others["pixel_values"].ndim == 3:
+            return int(others["pixel_values"].shape[1])
         fixed = _first(self.config, "image_seq_length", "mm_tokens_per_image")
         patches = (_size(self.vision)[0] // _first(self.vision, "patch_size")) ** 2
         scale = _first(self.config, "scale_factor") or 1
@@ -115,6 +120,11 @@ class _Maker:
             "pixel_values": self._numbers(IMAGES * side * side, channels * frames * patch * patch),
             "image_grid_thw": grid,
         }
+
+    def flat_patches(self) -> dict[str, Any]:
+        """Fuyu: a row for each of an image's patches, which go through one linear layer."""
+        cells = _first(self.vision, "patch_size") ** 2 * (_first(self.vision, "num_channels") or 3)
+        return {"pixel_values": self._numbers(IMAGES, 4, cells)}
 
     def features(self) -> dict[str, Any]:
         """Mel spectra: [batch, bins, frames], as long as the encoder wants them."""

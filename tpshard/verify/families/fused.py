@@ -75,12 +75,12 @@ FAMILIES: Mapping[str, Mapping[str, Slot]] = {
     **dict.fromkeys(("opt", "xglm", "biogpt"), _OPT),
     "bloom": _BLOOM,
     **dict.fromkeys(("gpt_neox", "gpt_neox_japanese"), _GPT_NEOX),
-    "persimmon": _PERSIMMON,
+    **dict.fromkeys(("persimmon", "fuyu"), _PERSIMMON),
     "falcon": _FALCON_GROUPS,
     "gpt_bigcode": _BIGCODE,
     "mpt": _MPT,
 }
-TIED_BY_DEFAULT = frozenset(FAMILIES) - {"gptj", "codegen", "gpt_neox", "persimmon"}
+TIED_BY_DEFAULT = frozenset(FAMILIES) - {"gptj", "codegen", "gpt_neox", "persimmon", "fuyu"}
 
 
 def variant_of(config: Mapping[str, Any]) -> Mapping[str, Slot] | None:
