@@ -66,6 +66,10 @@ ARCHITECTURES = (
     Architecture("gpt_bigcode", "gpt_bigcode", OF_GPT2, TP, variant="multi-query"),
     Architecture("gpt_bigcode", "gpt_bigcode-mha", OF_GPT2 | {"multi_query": False}, TP, variant="multi-head"),
     Architecture(
+        "ctrl", "ctrl", {**WORDS, "n_embd": 84, "n_layer": 2, "n_head": 12, "n_positions": 40, "dff": 52}, TP
+    ),
+    Architecture("openai-gpt", "openai-gpt", {**WORDS, "n_embd": 84, "n_layer": 2, "n_head": 12, "n_positions": 40}, TP),
+    Architecture(
         "opt",
         "opt",
         {
@@ -101,6 +105,8 @@ _OLD: Mapping[str, tuple[str, Mapping[str, Shape]]] = {
 
 
 def old_buffers(checkpoint: Checkpoint) -> dict[str, Shape]:
+    if checkpoint.config.get("model_type") == "openai-gpt":
+        return {"transformer.position_ids": (1, 40)}
     layer, buffers = _OLD.get(str(checkpoint.config.get("model_type")), ("", {}))
     places = {name.partition(f".{layer}.")[0] for name in checkpoint.tensors if f".{layer}." in name}
     return {f"{place}.{name}": shape for place in places for name, shape in buffers.items()}

@@ -52,7 +52,7 @@ def sizes_of(config: Mapping[str, Any]) -> Sizes | None:
         head=_first(config, "head_dim", "kv_channels")
         or by_default
         or (width // query if width and width % query == 0 else None),
-        channels=_first(config, "intermediate_size", "n_inner", "hidden_dim", "ffn_dim", "ffn_hidden_size"),
+        channels=_first(config, "intermediate_size", "n_inner", "hidden_dim", "ffn_dim", "ffn_hidden_size", "dff"),
         words=_first(config, "vocab_size"),
     )
 

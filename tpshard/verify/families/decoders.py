@@ -38,7 +38,7 @@ _PHI = {
 _STARCODER2 = {**LLAMA, "mlp.c_fc": Slot("channel", OUT), "mlp.c_proj": Slot("channel", IN, consumer=True)}
 GLM = {**LLAMA, "gate_up_proj": Slot("gate_up", OUT)}
 _PHI3 = {**GLM, "qkv_proj": Slot("qkv", OUT)}
-_GPT2 = {  # Conv1D: [in, out]
+GPT2 = {  # Conv1D: [in, out]
     "wte": Slot("word", 0, consumer=True),
     "attn.c_attn": Slot("qkv", 1),
     "attn.c_proj": Slot("query", 0, consumer=True),
@@ -61,7 +61,7 @@ FAMILIES: Mapping[str, Mapping[str, Slot]] = {
     "phi": _PHI,
     "phi3": _PHI3,
     "starcoder2": _STARCODER2,
-    "gpt2": _GPT2,
+    "gpt2": GPT2,
 }
 # What the architecture's config class says where config.json is silent.
 TIED_BY_DEFAULT = frozenset(

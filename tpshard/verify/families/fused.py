@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tpshard.verify.families.decoders import GPT2
 from tpshard.verify.slots import IN, INSIDE_A_HEAD, OUT, Slot
 
 _GPTJ = {
@@ -19,6 +20,16 @@ _GPTJ = {
 }
 _CODEGEN = {**_GPTJ, "qkv_proj": Slot("qvk_in_fours", OUT)}
 _GPT_NEO = {**_GPTJ, "mlp.c_fc": Slot("channel", OUT), "mlp.c_proj": Slot("channel", IN, consumer=True)}
+_CTRL = {
+    "w": Slot("word", 0, consumer=True),
+    "Wq": Slot("query", OUT),
+    "Wk": Slot("key_value", OUT),
+    "Wv": Slot("key_value", OUT),
+    "multi_head_attention.dense": Slot("query", IN, consumer=True),
+    "ffn.0": Slot("channel", OUT),
+    "ffn.2": Slot("channel", IN, consumer=True),
+    "lm_head": Slot("word", 0),
+}
 _OPT = {
     **_GPTJ,
     "embed_tokens": Slot("word", 0, consumer=True),
@@ -73,6 +84,8 @@ FAMILIES: Mapping[str, Mapping[str, Slot]] = {
     "codegen": _CODEGEN,
     "gpt_neo": _GPT_NEO,
     **dict.fromkeys(("opt", "xglm", "biogpt"), _OPT),
+    "ctrl": _CTRL,
+    "openai-gpt": GPT2 | {"tokens_embed": Slot("word", 0, consumer=True)},
     "bloom": _BLOOM,
     **dict.fromkeys(("gpt_neox", "gpt_neox_japanese"), _GPT_NEOX),
     **dict.fromkeys(("persimmon", "fuyu"), _PERSIMMON),
