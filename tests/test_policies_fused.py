@@ -14,6 +14,8 @@ from tests.build import load
 from tests.proof import save
 from tests.test_policies import rows
 from tpshard.convert import plan_split, run
+from tpshard.errors import PolicyError
+from tpshard.library import choose_policy
 from tpshard.verify.report import Verdict
 from tpshard.verify.request import Request
 from tpshard.verify.run import verify
@@ -77,6 +79,18 @@ def test_codegen_block_by_block(tmp_path: Path) -> None:
     np.testing.assert_array_equal(ranks[2][out], whole[out][:, 48:72])
 
 
+def test_differential_attention_half_by_half(tmp_path: Path) -> None:
+    """Sixteen query heads of 6, 0 with 8, 1 with 9 ...; four key-value heads, 0 with 2 and 1 with 3. Rank 1 of 4 has
+    query heads 2, 3, 10, 11 and, with rank 0, key-value heads 0 and 2; of o_proj pairs 2 and 3, of 12 columns each."""
+    whole, ranks = shards_of(tmp_path, "diffllama", 4)
+    layer = "model.layers.1.self_attn"
+    names = {part: f"{layer}.{part}_proj.weight" for part in "qkvo"}
+    np.testing.assert_array_equal(ranks[1][names["q"]], whole[names["q"]][rows((12, 24), (60, 72))])
+    for part in "kv":
+        np.testing.assert_array_equal(ranks[1][names[part]], whole[names[part]][rows((0, 6), (12, 18))])
+    np.testing.assert_array_equal(ranks[1][names["o"]], whole[names["o"]][:, 24:48])
+
+
 # ---------------------------------------------------------------------------------------------- seen to fail
 
 WRONG = {  # a cut that can be undone and has the right shapes, and what the layout check says of it
@@ -93,6 +107,24 @@ WRONG = {  # a cut that can be undone and has the right shapes, and what the lay
     "codegen": ("attn.qkv_proj: {rule: column, parts: [H, H, H]}", "value head"),
 }
 
+UNSOUND = {  # of architectures that the layout check does not know
+    "diffllama": "self_attn.q_proj: {rule: column, heads: H}",
+    "gemma3n_text": "mlp.gate_proj: column",
+    "hrm_text": "attn.gqkv_proj: {rule: column, heads: H}",
+    "minicpm3": "self_attn.kv_b_proj: {rule: column, parts: 2}",
+}
+
+
+@pytest.mark.parametrize("name", UNSOUND)
+def test_what_only_the_model_can_tell(name: str, tmp_path: Path) -> None:
+    policy = tmp_path / "wrong.yaml"
+    policy.write_text(f"name: wrong\nextends: {BY_NAME[name].policy}\nrules:\n  {UNSOUND[name]}\n")
+    save(BY_NAME[name], tmp_path / "source")
+    run(plan_split(tmp_path / "source", tmp_path / "shards", 2, str(policy)))
+    report = verify(Request(tmp_path / "shards", against=tmp_path / "source", level="forward", workers=1))
+    forward = next(check for check in report.checks if check.name == "forward")
+    assert any("layers.0." in str(finding) for finding in forward.findings), report
+
 
 @pytest.mark.parametrize("name", WRONG)
 def test_another_order_is_named_by_layout_and_forward(name: str, tmp_path: Path) -> None:
@@ -107,3 +139,14 @@ def test_another_order_is_named_by_layout_and_forward(name: str, tmp_path: Path)
     assert any(layer in line and says in line for line in found["layout"]), found["layout"]
     assert any(".0." in line for line in found["forward"]), found["forward"]
     assert report.verdict is Verdict.FAIL
+
+
+def test_a_config_that_does_not_tell_the_layout_is_refused() -> None:
+    """Falcon's three layouts: without the two keys there is no way to know."""
+    with pytest.raises(PolicyError) as caught:
+        choose_policy("auto", {"model_type": "falcon", "multi_query": False})
+    assert caught.value.message == (
+        "none of the built-in policies for model_type 'falcon' applies to this config.json: "
+        "falcon-rw, falcon-7b, falcon-40b"
+    )
+    assert caught.value.hint == "they go by multi_query, new_decoder_architecture; name one with --policy"

@@ -132,6 +132,14 @@ def _pick(policies: Iterable[Policy], config: Mapping[str, Any], where: str) -> 
         raise PolicyError(f"several {where} apply to model_type '{model_type}': {names}", hint="name one with --policy")
     if not config:
         raise PolicyError("there is no config.json to pick a policy by", hint="name one with --policy")
+    near = [policy for policy in policies if config.get("model_type") in policy.applies_to.get("model_type", ())]
+    if near:
+        names = ", ".join(policy.name for policy in near)
+        keys = ", ".join(sorted({key for policy in near for key in policy.applies_to} - {"model_type"}))
+        raise PolicyError(
+            f"none of the {where} for model_type '{model_type}' applies to this config.json: {names}",
+            hint=f"they go by {keys}; name one with --policy",
+        )
     known = [str(value) for policy in policies for value in policy.applies_to.get("model_type", ())]
     hint = did_you_mean(model_type, known)
     raise PolicyError(

@@ -42,6 +42,7 @@ ARCHITECTURES = (
     ),
     Architecture("gemma4_text", "gemma4_text", GEMMA4 | {"num_kv_shared_layers": 0}),
     Architecture("gemma4_text", "gemma4_text-shared", GEMMA4_SHARED, variant="shared keys"),
+    Architecture("gemma4_unified_text", "gemma4_unified_text", GEMMA4_SHARED),
     Architecture("hrm_text", "hrm_text", PLAIN | {"hidden_size": 84, "head_dim": 8}, (2, 4, 3)),
     Architecture("minicpm3", "minicpm3", LATENT, (2, 4, 3)),
     Architecture("youtu", "minicpm3", LATENT, (2, 4, 3)),
