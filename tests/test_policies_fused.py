@@ -9,13 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.architectures import Architecture, architectures
+from tests import tiny_models
+from tests.architectures import Architecture, architectures, fused, llama_kin
 from tests.build import load
 from tests.proof import save
-from tests.test_policies import rows
+from tests.test_policies import old_buffers, rows, variants
+from tpshard.checkpoint import open_full
 from tpshard.convert import plan_split, run
 from tpshard.errors import PolicyError
-from tpshard.library import choose_policy
+from tpshard.library import builtin_policies, choose_policy
+from tpshard.stages import deal_stages
 from tpshard.verify.report import Verdict
 from tpshard.verify.request import Request
 from tpshard.verify.run import verify
@@ -150,3 +153,30 @@ def test_a_config_that_does_not_tell_the_layout_is_refused() -> None:
         "falcon-rw, falcon-7b, falcon-40b"
     )
     assert caught.value.hint == "they go by multi_query, new_decoder_architecture; name one with --policy"
+
+
+STAGED = sorted({found.policy for found in (*fused.ARCHITECTURES, *llama_kin.ARCHITECTURES)} - {"llama"})
+WITHOUT = {  # what each layer gets besides the layer before cannot be had from one stage only
+    "gemma3n_text": "altup_projections",
+    "gemma4_text": "embed_tokens_per_layer",
+    "hrm_text": "z_L_init",
+}
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_stages_have_a_place_for_every_tensor(name: str, tmp_path: Path) -> None:
+    """Of each class; the first stage's words go with the last as well where they are its head's."""
+    policy = builtin_policies()[name]
+    for number, (config, head) in enumerate(variants(found for found in architectures() if found.policy == name)):
+        tiny_models.build(config, head).save_pretrained(tmp_path / str(number))
+        checkpoint = open_full(tmp_path / str(number))
+        names = dict.fromkeys(checkpoint.shapes | old_buffers(checkpoint), 1)
+        if name in WITHOUT:
+            with pytest.raises(PolicyError, match=f"does not say where .*{WITHOUT[name]}"):
+                deal_stages(policy.stages, name, names, 2)
+            continue
+        stages = deal_stages(policy.stages, name, names, 2)
+        heads = ("lm_head.weight", "embed_out.weight", "output_projection.weight")
+        twice = [tensor for tensor, held in stages.items() if held == (0, 1)]
+        tied = not any(tensor.endswith(heads) for tensor in names)
+        assert len(twice) == tied, (head, twice)
