@@ -45,6 +45,6 @@ class Architecture:
 
 
 def architectures() -> tuple[Architecture, ...]:
-    from tests.architectures import decoders, encoders
+    from tests.architectures import decoders, encoders, translators
 
-    return tuple(found for module in (decoders, encoders) for found in module.ARCHITECTURES)
+    return tuple(found for module in (decoders, encoders, translators) for found in module.ARCHITECTURES)
