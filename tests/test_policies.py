@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests import tiny_models
-from tests.architectures import Architecture, architectures
+from tests.architectures import Architecture, architectures, translators
 from tests.build import load
 from tests.proof import config_of
 from tests.tiny_models import save_model
@@ -88,11 +88,13 @@ def variants(found: Iterable[Architecture]) -> Iterator[tuple[Any, str]]:
 
 def old_buffers(checkpoint: Checkpoint) -> dict[str, Shape]:
     """What files of older versions hold besides the weights."""
-    layers = {name.partition(".self_attn.")[0] for name in checkpoint.tensors if ".self_attn." in name}
+    rotary = [".self_attn.o_proj.", ".self_attn.dense."]
+    layers = {name.partition(end)[0] for name in checkpoint.tensors for end in rotary if end in name}
     attentions = {name.rpartition(".c_attn.")[0] for name in checkpoint.tensors if ".c_attn." in name}
-    embeddings = {name.rpartition(".word_embeddings.")[0] for name in checkpoint.tensors if ".word_embeddings." in name}
+    embeddings = {name.rpartition(".word_embeddings.")[0] for name in checkpoint.tensors if "embeddings.word" in name}
     return {
         **{f"{layer}.self_attn.rotary_emb.inv_freq": (5,) for layer in layers},
+        **translators.old_tensors(checkpoint),
         **{f"{attention}.bias": (1, 1, 40, 40) for attention in attentions},
         **{f"{attention}.masked_bias": () for attention in attentions},
         **{f"{place}.position_ids": (1, 40) for place in embeddings},

@@ -86,13 +86,16 @@ def build(config: Any, head: str) -> Any:
     return model
 
 
+HALVES = "ProphetNetEncoder", "ProphetNetDecoder", "T5GemmaEncoderModel"  # never saved by themselves
+
+
 def heads(config: Any) -> Iterator[str]:
     """The names of all model classes that transformers has for a config."""
     module = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
     for name in module.__all__:
         found = getattr(module, name)
         of_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
-        if of_model and found.config_class is type(config) and "pretrained" not in name.lower():
+        if of_model and found.config_class is type(config) and name not in HALVES and "pretrained" not in name.lower():
             yield name
 
 
