@@ -89,6 +89,6 @@ def old_tensors(checkpoint: Checkpoint) -> dict[str, Shape]:
     return {
         **{name.replace("shared", f"{stack}.embed_tokens"): s for name, s in shared.items() for stack in _STACKS},
         **{name.replace("shared.weight", f"{stack}.version"): (1,) for name in shared for stack in _STACKS if fairseq},
-        **{"lm_head.weight": shape for shape in shared.values()},  # T5 1.1 and what came of it: not tied to shared
+        **dict.fromkeys(["lm_head.weight"] * len(shared), (211, 44)),  # T5 1.1 and after: not tied to shared
         **({"mask_predictions.dense.weight": (84, 84), "lm_predictions.lm_head.bias": (211,)} if deberta else {}),
     }

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tpshard.verify.families import decoders, encoders
+from tpshard.verify.families import decoders, encoders, translators
 from tpshard.verify.slots import Slot
 
-FAMILIES: Mapping[str, Mapping[str, Slot]] = {**decoders.FAMILIES, **encoders.FAMILIES}
-TIED_BY_DEFAULT = decoders.TIED_BY_DEFAULT | encoders.TIED_BY_DEFAULT
+FAMILIES: Mapping[str, Mapping[str, Slot]] = {**decoders.FAMILIES, **encoders.FAMILIES, **translators.FAMILIES}
+TIED_BY_DEFAULT = decoders.TIED_BY_DEFAULT | encoders.TIED_BY_DEFAULT | translators.TIED_BY_DEFAULT
 _HEAD_SIZE_BY_DEFAULT = decoders.HEAD_SIZE_BY_DEFAULT
 
 
@@ -33,8 +33,10 @@ class Sizes:
         return self.channels if unit == "channel" else self.words
 
 
-def sizes_of(config: Mapping[str, Any]) -> Sizes | None:
-    """What a config tells of its model's sizes, by the names in use; None where it tells of no heads."""
+def sizes_of(config: Mapping[str, Any], tensor: str = "") -> Sizes | None:
+    """What a config tells of its model's sizes, by the names in use; None where it tells of no heads. Where encoder
+    and decoder differ, those of the stack that ``tensor`` is in."""
+    config = translators.config_of(config, translators.stack_of(tensor))
     query = _first(config, "num_attention_heads", "n_head", "n_heads")
     if query is None:
         return None
