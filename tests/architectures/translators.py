@@ -48,6 +48,13 @@ ARCHITECTURES = (
         Architecture(kind, "bart", _BART, _BART_TP)
         for kind in ("bart", "blenderbot", "blenderbot-small", "m2m_100", "marian", "mbart", "mvp", "pegasus")
     ),
+    Architecture(
+        "mvp",
+        "bart",
+        _BART | {"use_prompt": True, "prompt_length": 5, "prompt_mid_dim": 26},
+        _BART_TP,
+        variant="with prompts",
+    ),
     Architecture("plbart", "bart", _BART, _BART_TP),
     Architecture("pegasus_x", "bart", _BART | {"block_size": 8, "num_global_tokens": 5}, _BART_TP),
     Architecture(

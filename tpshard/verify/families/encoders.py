@@ -99,8 +99,8 @@ _XLNET = {  # attention is loose parameters, used inside a larger forward: whole
 FAMILIES: Mapping[str, Mapping[str, Slot]] = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "electra"), _BERT),
     **dict.fromkeys(("data2vec-text", "ernie", "roberta-prelayernorm"), _BERT),
-    **dict.fromkeys(("bert-generation", "big_bird", "dpr", "layoutlm", "megatron-bert"), _BERT),
-    **dict.fromkeys(("rembert", "roformer", "splinter"), _BERT),
+    **dict.fromkeys(("bert-generation", "big_bird", "dpr", "layoutlm", "markuplm", "megatron-bert"), _BERT),
+    **dict.fromkeys(("rembert", "roformer", "splinter", "tapas"), _BERT),
     "deberta-v2": _DEBERTA_V2,
     "esm": _ESM,
     "eurobert": LLAMA,
