@@ -39,16 +39,9 @@ KINDS: dict[str, tuple[str, str, dict[str, Any], str]] = {
         "t5",
         "T5ForConditionalGeneration",
         {"vocab_size": 211, "d_model": 44, "d_kv": 10, "d_ff": 52, "num_layers": 2, "num_heads": 6},
-        """
-  shared: {rule: row, dims: io}
-  "*.{q,k,v}": {rule: column, unit: 10}
-  "*.o": {rule: row, unit: 10}
-  "*.relative_attention_bias": {rule: column, dims: io}
-  "*.wi": column
-  "*.wo": row
-""",
+        "auto",
     ),
-    "bart": ("bart", "BartForConditionalGeneration", SEQUENCES, PROJECTIONS.replace("UNIT", "10")),
+    "bart": ("bart", "BartForConditionalGeneration", SEQUENCES, "auto"),
     "whisper": (
         "whisper",
         "WhisperForConditionalGeneration",
@@ -107,8 +100,11 @@ def test_split_verify_merge(kind: str, tmp_path: Path) -> None:
     model_type, head, sizes, rules = KINDS[kind]
     config = transformers.AutoConfig.for_model(model_type, **sizes)
     tiny_models.build(config, head).save_pretrained(tmp_path / "model")
-    (tmp_path / "policy.yaml").write_text(f"name: {kind}\ndefault: replicate\nrules:\n{rules.strip(chr(10))}\n")
-    run(plan_split(tmp_path / "model", tmp_path / "shards", 2, str(tmp_path / "policy.yaml")))
+    policy = rules
+    if rules != "auto":
+        policy = str(tmp_path / "policy.yaml")
+        Path(policy).write_text(f"name: {kind}\ndefault: replicate\nrules:\n{rules.strip(chr(10))}\n")
+    run(plan_split(tmp_path / "model", tmp_path / "shards", 2, policy))
     report = verify(Request(tmp_path / "shards", against=tmp_path / "model", workers=1))
     checks = {check.name: check for check in report.checks}
     for name in ("weights", "forward", "backward", "generic", "self-test"):

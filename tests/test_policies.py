@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests import tiny_models
-from tests.architectures import Architecture, architectures, fused
+from tests.architectures import Architecture, architectures, fused, translators
 from tests.build import load
 from tests.proof import config_of
 from tests.tiny_models import save_model
@@ -96,6 +96,7 @@ def old_buffers(checkpoint: Checkpoint) -> dict[str, Shape]:
     embeddings = {name.rpartition(".word_embeddings.")[0] for name in checkpoint.tensors if "embeddings.word" in name}
     return {
         **{f"{layer}.self_attn.rotary_emb.inv_freq": (5,) for layer in layers},
+        **translators.old_tensors(checkpoint),
         **{f"{attention}.bias": (1, 1, 40, 40) for attention in attentions},
         **{f"{attention}.masked_bias": () for attention in attentions},
         **{f"{place}.position_ids": (1, 40) for place in embeddings},

@@ -88,6 +88,9 @@ def build(config: Any, head: str) -> Any:
     return model
 
 
+HALVES = "ProphetNetEncoder", "ProphetNetDecoder", "T5GemmaEncoderModel"  # never saved by themselves
+
+
 def heads(config: Any) -> Iterator[str]:
     """The names of all model classes that transformers has for a config."""
     path = type(config).__module__.replace(".configuration_", ".modeling_")
@@ -98,13 +101,13 @@ def heads(config: Any) -> Iterator[str]:
     for name in module.__all__:
         found = getattr(module, name)
         of_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
-        if of_model and found.config_class is type(config) and not name.endswith("PreTrainedModel"):
+        if of_model and found.config_class is type(config) and name not in HALVES and "pretrained" not in name.lower():
             yield name
 
 
 def word_head(config: Any) -> str:
     """The class that predicts words."""
-    endings = ("ForCausalLM", "LMHeadModel", "ForMaskedLM")
-    encoder = any(name.endswith("ForMaskedLM") for name in heads(config))
-    wanted = endings[-1:] if encoder else endings
-    return next(name for name in heads(config) if name.endswith(wanted))
+    for endings in (("ForConditionalGeneration", "MTModel"), ("ForMaskedLM",), ("ForCausalLM", "LMHeadModel")):
+        if found := next((name for name in heads(config) if name.endswith(endings)), None):
+            return found
+    raise LookupError(f"no class of {config.model_type} predicts words")

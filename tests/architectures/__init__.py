@@ -45,6 +45,7 @@ class Architecture:
 
 
 def architectures() -> tuple[Architecture, ...]:
-    from tests.architectures import decoders, encoders, fused, llama_kin
+    from tests.architectures import decoders, encoders, fused, llama_kin, translators
 
-    return tuple(found for module in (decoders, encoders, fused, llama_kin) for found in module.ARCHITECTURES)
+    modules = decoders, encoders, fused, llama_kin, translators
+    return tuple(found for module in modules for found in module.ARCHITECTURES)

@@ -71,8 +71,8 @@ class _Planter:
 
     def head_swaps(self) -> Iterator[Plant]:
         """The first rank's first head and the last rank's last."""
-        sizes = sizes_of(self.weights.config)
         for name, axis in self._cut("column"):
+            sizes = sizes_of(self.weights.config, name)
             unit = (sizes.head if sizes else None) or self._unit(name, axis)
             if ATTENTION.search(name) and self._last(name) % unit == 0:
                 yield from self._exchange(name, axis, unit)

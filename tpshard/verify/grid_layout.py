@@ -17,7 +17,7 @@ import numpy as np
 from tpshard.checkpoint import Checkpoint, Stored
 from tpshard.layout import Layout, Shard, Span
 from tpshard.mesh import Mesh
-from tpshard.verify.families import FAMILIES, are_tied
+from tpshard.verify.families import are_tied, family_of
 from tpshard.verify.layout import check_layout
 from tpshard.verify.report import CheckResult, Finding
 from tpshard.verify.slots import slot_of
@@ -122,7 +122,7 @@ class _Grid:
         """Layers ascend with the stages; each stage that has a tensor has it alike."""
         last = 0
         seen: dict[int, int] = {}
-        family = FAMILIES.get(str(self.shards.config.get("model_type")), {})
+        family = family_of(self.shards.config) or {}
         numbered = {name: int(m[1]) for name in self.tensors if (m := re.search(r"\.(\d+)\.", f".{name}"))}
         for name in sorted(numbered, key=lambda name: numbered[name]):
             stages = _stages(self.tensors[name], self.mesh)
@@ -142,7 +142,7 @@ class _Grid:
     def _of_words(self, tensor: Stored, stages: list[int], embedding: bool) -> Iterator[Finding]:
         final = self.mesh.pp - 1
         wanted = [[0], [0, final]] if embedding else [[final]]
-        family = FAMILIES[str(self.shards.config.get("model_type"))]
+        family = family_of(self.shards.config) or {}
         others = (slot_of(family, name) for name in self.tensors)
         if (
             embedding

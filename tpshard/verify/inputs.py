@@ -43,6 +43,9 @@ def make_inputs(module: nn.Module, config: Any, ranks: int, seed: int, dtype: to
         raise InconclusiveError(f"no inputs of kind {main} can be made", hint=hint)
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in wanted:
         inputs["decoder_input_ids"] = maker.ids(seed + 1)
+    if "global_attention_mask" in wanted and "input_ids" in inputs:  # else its own projections are not met
+        inputs["global_attention_mask"] = torch.zeros_like(inputs["input_ids"])
+        inputs["global_attention_mask"][:, 0] = 1
     for switch in ("use_cache", "use_mems"):
         if switch in wanted:
             inputs[switch] = False

@@ -21,6 +21,7 @@ from tpshard.checkpoint import Checkpoint, Stored
 from tpshard.verify.axes import BY_QUERY_HEAD, Index, Part, held, parts_of
 from tpshard.verify.differences import describe_difference
 from tpshard.verify.families import Sizes, family_of, sizes_of
+from tpshard.verify.families.translators import STACKS, stack_of
 from tpshard.verify.report import CheckResult, Finding
 from tpshard.verify.slots import OF_ATTENTION, Slot, slot_of
 from tpshard.verify.ties import check_ties
@@ -48,16 +49,18 @@ class Dealing:
 def check_layout(shards: Checkpoint) -> CheckResult:
     """Compare every tensor's recorded layout with the one that config.json asks for."""
     model_type = str(shards.config.get("model_type", ""))
-    family, sizes = family_of(shards.config), sizes_of(shards.config)
+    family = family_of(shards.config)
     if family is None:
         what = f"of model_type '{model_type}'" if model_type else "without config.json"
         return CheckResult("layout", unproven=f"nothing is known apart from the policy about a model {what}")
-    if sizes is None:
-        return CheckResult("layout", unproven="config.json says nothing of attention heads")
     covered = {"tensors": len(shards.tensors), "ranks": shards.ranks}
-    if sizes.query % sizes.key_value:
-        what = f"{sizes.query} query heads cannot share {sizes.key_value} key-value heads"
-        return CheckResult("layout", (Finding(what, file="config.json"),), covered)
+    sizes = {stack: found for stack in ("", *STACKS) if (found := sizes_of(shards.config, stack))}
+    if len(sizes) <= len(STACKS):
+        return CheckResult("layout", unproven="config.json says nothing of attention heads")
+    for found in sizes.values():
+        if found.query % found.key_value:
+            what = f"{found.query} query heads cannot share {found.key_value} key-value heads"
+            return CheckResult("layout", (Finding(what, file="config.json"),), covered)
     blocks: dict[str, list[Member]] = {}
     findings: list[Finding] = []
     for tensor in shards.tensors.values():
@@ -67,7 +70,7 @@ def check_layout(shards: Checkpoint) -> CheckResult:
             findings += _must_be_whole(tensor)
             continue
         try:
-            member = Member(tensor, slot, axis, parts_of(tensor, slot, axis, sizes))
+            member = Member(tensor, slot, axis, parts_of(tensor, slot, axis, sizes[stack_of(tensor.name)]))
         except ValueError as error:
             findings.append(Finding(str(error), tensor=tensor.name))
             continue
@@ -76,7 +79,7 @@ def check_layout(shards: Checkpoint) -> CheckResult:
         else:
             blocks.setdefault(_block(tensor, slot), []).append(member)
     for block in blocks.values():
-        findings += _check_block(block, sizes, shards.ranks)
+        findings += _check_block(block, sizes[stack_of(block[0].tensor.name)], shards.ranks)
     findings += check_ties(shards, family)
     return CheckResult("layout", tuple(findings), covered, notes=(f"{len(blocks)} blocks are cut or could be",))
 

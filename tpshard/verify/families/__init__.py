@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tpshard.verify.families import decoders, encoders, fused, llama_kin, remote_code
+from tpshard.verify.families import decoders, encoders, fused, llama_kin, remote_code, translators
 from tpshard.verify.slots import Slot
 
-_MODULES = decoders, encoders, fused, llama_kin, remote_code
+_MODULES = decoders, encoders, fused, llama_kin, remote_code, translators
 FAMILIES: Mapping[str, Mapping[str, Slot]] = {kind: slots for file in _MODULES for kind, slots in file.FAMILIES.items()}
 TIED_BY_DEFAULT = frozenset(kind for file in _MODULES for kind in file.TIED_BY_DEFAULT)
 _HEAD_SIZE_BY_DEFAULT = {**decoders.HEAD_SIZE_BY_DEFAULT, **llama_kin.HEAD_SIZE_BY_DEFAULT}
@@ -39,8 +39,10 @@ def family_of(config: Mapping[str, Any]) -> Mapping[str, Slot] | None:
     return fused.variant_of(config) or FAMILIES.get(str(config.get("model_type")))
 
 
-def sizes_of(config: Mapping[str, Any]) -> Sizes | None:
-    """What a config tells of its model's sizes, by the names in use; None where it tells of no heads."""
+def sizes_of(config: Mapping[str, Any], tensor: str = "") -> Sizes | None:
+    """What a config tells of its model's sizes, by the names in use; None where it tells of no heads. Where encoder
+    and decoder differ, those of the stack that ``tensor`` is in."""
+    config = translators.config_of(config, translators.stack_of(tensor))
     query = _first(config, "num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
     if query is None:
         return None
