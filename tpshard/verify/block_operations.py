@@ -70,13 +70,14 @@ class _Lookup(torch.autograd.Function):
 
 def _look_up(tokens: torch.Tensor, weight: BlockTensor) -> torch.Tensor:
     flat = tokens.reshape(-1)
-    y = torch.zeros(len(flat), weight.shape[1], dtype=weight.dtype, device=flat.device)
+    y = torch.zeros(*tokens.shape, weight.shape[1], dtype=weight.dtype, device=flat.device)
+    lines = y.view(-1, weight.shape[1])  # y itself goes out: autograd lets nobody change a view of it in place
     for row in sorted(set(flat.tolist())):
         for block in weight.blocks:
             part = block.narrow(0, row, row + 1)
             if part is not None:
-                y[flat == row, part.box.slices()[1]] = weight.context.values(part)[0]
-    return y.reshape(*tokens.shape, weight.shape[1])
+                lines[flat == row, part.box.slices()[1]] = weight.context.values(part)[0]
+    return y
 
 
 def product(x: torch.Tensor, weight: BlockTensor, out: int) -> torch.Tensor:

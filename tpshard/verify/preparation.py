@@ -107,8 +107,9 @@ def _calls(subject: Subject, weights: Weights, run: int) -> tuple[dict[str, Any]
 
 def _settled(subject: Subject, layers: Sequence[Layer], called: set[str], used: set[str]) -> list[Layer]:
     """A layer whose own forward is never called though its weight is ``used`` (its parent reads it, as
-    nn.MultiheadAttention does with its output projection) leaves its task to the parent, if that calls nothing else;
-    otherwise where it is to be carried out is not known. What is neither called nor used will be told as not reached.
+    nn.MultiheadAttention does with its output projection) leaves its task to the parent, if that calls nothing else
+    that could follow it; otherwise where it is to be carried out is not known. What is neither called nor used will be
+    told as not reached.
     """
     taken = {layer.path for layer in layers if layer.path in called}
     settled = [layer for layer in layers if layer.path in taken]
@@ -120,12 +121,22 @@ def _settled(subject: Subject, layers: Sequence[Layer], called: set[str], used: 
             settled.append(layer)
         elif layer.task in ("whole", "column"):
             continue  # nothing to do
-        elif parent in called and not any(path and path.rpartition(".")[0] == parent for path in called):
+        elif parent in called and not any(_could_follow(subject.model.skeleton, layer, path) for path in called):
             settled.append(replace(layer, path=parent))
         else:
             what = f"{printable(layer.name)}: its weight is read, but the layer is not called"
             raise InconclusiveError(what, hint=f"call the layer, so that its task ({layer.task}) has a place")
     return settled
+
+
+def _could_follow(skeleton: nn.Module, layer: Layer, path: str) -> bool:
+    """Whether a module stands beside a layer and may work on its output: it, too, knows the layer's width (WavLM's
+    attention calls a gate of eight numbers for each head, before the projection)."""
+    if not path or path.rpartition(".")[0] != layer.path.rpartition(".")[0]:
+        return False
+    tensors = list(skeleton.get_submodule(path).parameters())
+    width = skeleton.get_submodule(layer.path).get_parameter("weight").shape[0]
+    return not tensors or any(width in tensor.shape for tensor in tensors)
 
 
 def _twin_is_called(skeleton: nn.Module, layer: Layer, called: set[str]) -> bool:
