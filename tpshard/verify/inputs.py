@@ -98,7 +98,7 @@ class _Maker:
         """How many tokens stand for an image or a sound."""
         if "aspect_ratio_ids" in others:
             return 1  # mllama: the text attends to the image, and only marks where it stands
-        merge = _first(self.vision, "spatial_merge_size") or 1
+        merge = _first(self.vision, "spatial_merge_size") or _first(self.config, "spatial_merge_size") or 1
         if "image_grid_thw" in others:
             t, h, w = others["image_grid_thw"][0].tolist()
             return int(t * h * w // merge**2)

@@ -11,11 +11,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tpshard.verify.families import decoders, encoders
+from tpshard.verify.families import decoders, encoders, senses
 from tpshard.verify.slots import Slot
 
-FAMILIES: Mapping[str, Mapping[str, Slot]] = {**decoders.FAMILIES, **encoders.FAMILIES}
-TIED_BY_DEFAULT = decoders.TIED_BY_DEFAULT | encoders.TIED_BY_DEFAULT
+FAMILIES: Mapping[str, Mapping[str, Slot]] = {
+    **decoders.FAMILIES,
+    **encoders.FAMILIES,
+    **senses.FAMILIES,
+}
+TIED_BY_DEFAULT = decoders.TIED_BY_DEFAULT | encoders.TIED_BY_DEFAULT | senses.TIED_BY_DEFAULT
 _HEAD_SIZE_BY_DEFAULT = decoders.HEAD_SIZE_BY_DEFAULT
 
 
