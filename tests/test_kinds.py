@@ -1,4 +1,4 @@
-"""Models of every kind: encoder-decoder, vision, audio, vision and language. Inputs are made from their own configs."""
+"""Encoder-decoders, by policies that replicate what they do not name. Inputs are made from the models' own configs."""
 
 from __future__ import annotations
 
@@ -14,14 +14,6 @@ from tpshard.verify.report import Verdict
 from tpshard.verify.request import Request
 from tpshard.verify.run import verify
 
-TEXT = {
-    "vocab_size": 211, "hidden_size": 60, "intermediate_size": 52, "num_hidden_layers": 2, "num_attention_heads": 6,
-    "max_position_embeddings": 77, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-VISION = {
-    "hidden_size": 42, "intermediate_size": 34, "num_hidden_layers": 2, "num_attention_heads": 6, "image_size": 28,
-    "patch_size": 7, "num_channels": 3,
-}  # fmt: skip
 SEQUENCES = {
     "vocab_size": 211, "d_model": 60, "encoder_layers": 2, "decoder_layers": 3, "encoder_ffn_dim": 52,
     "decoder_ffn_dim": 34, "encoder_attention_heads": 6, "decoder_attention_heads": 6, "pad_token_id": 0,
@@ -49,56 +41,6 @@ KINDS: dict[str, tuple[str, str, dict[str, Any], str]] = {
 """,
     ),
     "bart": ("bart", "BartForConditionalGeneration", SEQUENCES, PROJECTIONS.replace("UNIT", "10")),
-    "whisper": (
-        "whisper",
-        "WhisperForConditionalGeneration",
-        SEQUENCES
-        | {"num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 40, "suppress_tokens": None}
-        | {"begin_suppress_tokens": None},
-        PROJECTIONS.replace("UNIT", "10") + '  "*conv1": {rule: column, gather: true}\n',
-    ),
-    "wav2vec2": (
-        "wav2vec2",
-        "Wav2Vec2ForCTC",
-        {**TEXT, "vocab_size": 33, "conv_dim": (26, 38), "conv_kernel": (10, 3), "conv_stride": (5, 2),
-         "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 4, "do_stable_layer_norm": True,
-         "feat_extract_norm": "layer", "num_feat_extract_layers": 2},
-        PROJECTIONS.replace("UNIT", "10").replace("*fc1", "*intermediate_dense").replace("*fc2", "*output_dense"),
-    ),
-    "vit": (
-        "vit",
-        "ViTForImageClassification",
-        VISION,
-        """
-  "*attention.attention.{query,key,value}": {rule: column, unit: 7}
-  "*attention.output.dense": {rule: row, unit: 7}
-  "*intermediate.dense": column
-  "*layer.*.output.dense": row
-  "*patch_embeddings.projection": {rule: column, gather: true}
-""",
-    ),
-    "clip": (
-        "clip",
-        "CLIPModel",
-        {"text_config": TEXT, "vision_config": VISION, "projection_dim": 26},
-        PROJECTIONS.replace("UNIT", "1").replace("*{q_proj", "*text_model.*.{q_proj").replace("*{out", "*text_model.*.{out")
-        .replace("unit: 1", "unit: 10") + '  "*vision_model.*.{q_proj,k_proj,v_proj}": {rule: column, unit: 7}\n'
-        '  "*vision_model.*.out_proj": {rule: row, unit: 7}\n',
-    ),
-    "llava": (
-        "llava",
-        "LlavaForConditionalGeneration",
-        {"text_config": TEXT | {"model_type": "llama", "num_key_value_heads": 2},
-         "vision_config": VISION | {"model_type": "clip_vision_model"}, "image_token_index": 210},
-        """
-  "*vision_tower.*.{q_proj,k_proj,v_proj}": {rule: column, unit: 7}
-  "*vision_tower.*.out_proj": {rule: row, unit: 7}
-  "*language_model.*.{q_proj,k_proj,v_proj}": {rule: column, unit: 10}
-  "*language_model.*.o_proj": {rule: row, unit: 10}
-  "*{gate_proj,up_proj,fc1}": column
-  "*{down_proj,fc2}": row
-""",
-    ),
 }  # fmt: skip
 
 

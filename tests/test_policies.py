@@ -96,7 +96,9 @@ def old_buffers(checkpoint: Checkpoint) -> dict[str, Shape]:
     attentions = {name.rpartition(".c_attn.")[0] for name in checkpoint.tensors if ".c_attn." in name}
     embeddings = {name.rpartition(".word_embeddings.")[0] for name in checkpoint.tensors if ".word_embeddings." in name}
     tables = {name.rpartition(".")[0] for name in checkpoint.tensors if name.endswith("relative_position_bias_table")}
-    positions = {name.rpartition(".position_embedding.")[0] for name in checkpoint.tensors if ".position_embedding." in name}
+    positions = {
+        name.rpartition(".position_embedding.")[0] for name in checkpoint.tensors if ".position_embedding." in name
+    }
     convolutions = {name.partition(".pos_conv_embed.")[0] for name in checkpoint.tensors if ".pos_conv_embed." in name}
     return {
         **{f"{layer}.self_attn.rotary_emb.inv_freq": (5,) for layer in layers},

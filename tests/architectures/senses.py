@@ -31,7 +31,14 @@ STAGES: Sizes = {  # the first has three heads, for eight ranks
     "num_heads": [3, 6, 12, 24],
 }  # fmt: skip
 CONVOLUTIONS: Sizes = {**LABELS, "image_size": 32, "hidden_sizes": [8, 12, 20, 28], "depths": [1, 1, 1, 1]}
-DINOV2: Sizes = {**IMAGE, **LABELS, "num_hidden_layers": 2, "hidden_size": 60, "num_attention_heads": 12, "mlp_ratio": 3}
+DINOV2: Sizes = {
+    **IMAGE,
+    **LABELS,
+    "num_hidden_layers": 2,
+    "hidden_size": 60,
+    "num_attention_heads": 12,
+    "mlp_ratio": 3,
+}
 
 _VISION = (
     Architecture("vit", "vit", {**VISION, **LABELS}, TP, "ViTForImageClassification"),
@@ -44,8 +51,8 @@ _VISION = (
     Architecture("dinov2", "dinov2", {**DINOV2, "use_swiglu_ffn": True}, TP, "Dinov2ForImageClassification", "gated"),
     Architecture("dinov2_with_registers", "dinov2", DINOV2, TP, "Dinov2WithRegistersForImageClassification"),
     Architecture("dinov3_vit", "dinov3_vit", {**VISION, "hidden_size": 96}, TP, "DINOv3ViTModel"),
-    Architecture("swin", "swin", STAGES, (2, 3, 8), "SwinForImageClassification"),
-    Architecture("swinv2", "swinv2", STAGES, (2, 3, 8), "Swinv2ForImageClassification"),
+    Architecture("swin", "swin", STAGES, (3, 8, 2), "SwinForImageClassification"),
+    Architecture("swinv2", "swinv2", STAGES, (3, 8, 2), "Swinv2ForImageClassification"),
     Architecture("convnext", "convnext", CONVOLUTIONS, TP, "ConvNextForImageClassification"),
     Architecture("convnextv2", "convnextv2", CONVOLUTIONS, TP, "ConvNextV2ForImageClassification"),
     Architecture(
@@ -181,7 +188,12 @@ def qwen(vision: Sizes, **more: Any) -> Sizes:
 
 def heard(text: str, audio: Sizes) -> Sizes:
     sound = {"num_mel_bins": 8, "max_source_positions": 16, **audio}
-    return {"text_config": {**TEXT, "model_type": text}, "audio_config": sound, "audio_token_id": 210, "audio_token_index": 210}
+    return {
+        "text_config": {**TEXT, "model_type": text},
+        "audio_config": sound,
+        "audio_token_id": 210,
+        "audio_token_index": 210,
+    }
 
 
 ENCODER: Sizes = {
@@ -262,11 +274,8 @@ ARCHITECTURES = (*_VISION, *_PAIRS, *_SOUND, *_LANGUAGE)
 
 # What a class needs besides, and sizes that bring other tensors: for the test that every tensor meets a rule.
 NEEDS: Mapping[str, Sizes] = {
-    **dict.fromkeys(
-        ("BeitForSemanticSegmentation", "Data2VecVisionForSemanticSegmentation"),
-        {"num_hidden_layers": 4, "out_indices": [0, 1, 2, 3]},
-    ),
-    **dict.fromkeys(("ViTForMaskedImageModeling", "DeiTForMaskedImageModeling"), {"encoder_stride": 7}),
+    "BeitForSemanticSegmentation": {"num_hidden_layers": 4, "out_indices": [0, 1, 2, 3]},
+    "Data2VecVisionForSemanticSegmentation": {"num_hidden_layers": 4, "out_indices": [0, 1, 2, 3]},
 }
 MORE: Mapping[str, tuple[tuple[Sizes, str], ...]] = {
     "beit": (({"use_shared_relative_position_bias": True, "use_relative_position_bias": False}, "BeitModel"),),

@@ -121,7 +121,7 @@ class _Maker:
             told = getattr(shapes, method)(**given)
             parts = getattr(told, "pooler_output", told)
             parts = parts if isinstance(parts, tuple | list) else [parts]
-            return sum(part.numel() // part.shape[-1] for part in parts) // IMAGES
+            return int(sum(part.numel() // part.shape[-1] for part in parts)) // IMAGES
         return None
 
     def images(self) -> dict[str, Any]:
@@ -133,7 +133,7 @@ class _Maker:
             return self.patches()
         sizes = {"image_sizes": torch.tensor([[height, width]] * IMAGES)}
         if "aspect_ratio_ids" in self.wanted:  # mllama: one image of each sequence, in tiles, of which one is used
-            tiles = self.vision.max_num_tiles
+            tiles = _first(self.vision, "max_num_tiles") or 4
             ones = torch.ones(IMAGES, 1, dtype=torch.long)
             seen = torch.arange(tiles).expand(IMAGES, 1, tiles) < 1
             numbers = self._numbers(IMAGES, 1, tiles, *image)

@@ -1,5 +1,7 @@
-"""Vision transformers, towers of CLIP's kind and encoders of sound: as many key-value heads as query heads. Models whose
-stages or towers have heads of their own are not here."""
+"""Vision transformers, towers of CLIP's kind and encoders of sound: as many key-value heads as query heads.
+
+Models whose stages or towers have heads of their own are not here.
+"""
 
 from __future__ import annotations
 
