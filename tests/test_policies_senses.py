@@ -24,6 +24,7 @@ from tpshard.convert import plan_split, run
 from tpshard.errors import PolicyError
 from tpshard.expressions import evaluate
 from tpshard.library import builtin_policies, choose_policy
+from tpshard.mesh import Grid, Mesh
 from tpshard.verify.inputs import make_inputs
 
 OF_NAME = {found.name: found for found in senses.ARCHITECTURES}
@@ -100,6 +101,23 @@ def test_whisper_counts_the_decoders_heads_apart(tmp_path: Path) -> None:
     save(OF_NAME["whisper"], tmp_path / "source")  # twelve heads in the encoder, six in the decoder
     with pytest.raises(PolicyError, match="decoder.*6 units cannot be dealt to 4 ranks"):
         plan_split(tmp_path / "source", tmp_path / "shards", 4)
+
+
+@pytest.mark.parametrize(
+    "name", ["llava", "gemma3", "idefics3", "mistral3", "mllama", "qwen2_audio", "qwen2_vl", "qwen3_vl"]
+)
+def test_stages_are_of_the_text(name: str, tmp_path: Path) -> None:
+    """The tower's layers have numbers, too: all of it is the first stage's."""
+    save(OF_NAME[name], tmp_path / "source")
+    conversion = plan_split(tmp_path / "source", tmp_path / "shards", Grid(Mesh(1, pp=2)))
+    held = {item.stored.name: [shard is not None for shard in item.want.shards] for item in conversion.plan.items}
+    text = {
+        tensor: stages for tensor, stages in held.items() if "self_attn.o_proj" in tensor and "vision" not in tensor
+    }
+    assert set(map(tuple, text.values())) == {(True, False), (False, True)}
+    towers = [stages for tensor, stages in held.items() if re.search("vision|visual|audio_tower|projector", tensor)]
+    assert len(towers) > 10
+    assert all(stages == [True, False] for stages in towers)
 
 
 # ---------------------------------------------------------------------------------------------- what config.json leaves out

@@ -106,7 +106,7 @@ class _Maker:
             return told
         if "input_features" in others:  # a convolution of stride 2, then a mean of two
             return int(others["input_features"].shape[-1]) // 4
-        patches = (_size(self.vision)[0] // _first(self.vision, "patch_size")) ** 2
+        patches = (int(others["pixel_values"].shape[-1]) // _first(self.vision, "patch_size")) ** 2
         return int(patches // (_first(self.config, "scale_factor") or 1) ** 2 // merge**2)
 
     def _told(self, others: dict[str, Any]) -> int | None:
@@ -127,8 +127,9 @@ class _Maker:
     def images(self) -> dict[str, Any]:
         """Two images, in the form that the model's own preparation has."""
         height, width = _size(self.vision)
-        channels = _first(self.vision, "num_channels") or 3
-        image = channels, height, width
+        if getattr(self.vision, "model_type", "") == "pixtral":  # any size will do, and its largest has 12100 patches
+            height = width = min(height, 4 * _first(self.vision, "patch_size"))
+        image = _first(self.vision, "num_channels") or 3, height, width
         if "image_grid_thw" in self.wanted or "spatial_shapes" in self.wanted:
             return self.patches()
         sizes = {"image_sizes": torch.tensor([[height, width]] * IMAGES)}
@@ -142,9 +143,8 @@ class _Maker:
             return {"pixel_values": self._numbers(IMAGES, 2, *image), **sizes}
         if "pixel_attention_mask" in self.wanted:  # idefics3: several images of each sequence
             return {"pixel_values": self._numbers(IMAGES, 1, *image)}
-        numbers = self._numbers(IMAGES, *image)
         any_size = "image_sizes" in self.wanted and getattr(self.vision, "model_type", "") == "pixtral"
-        return {"pixel_values": numbers, **(sizes if any_size else {})}
+        return {"pixel_values": self._numbers(IMAGES, *image), **(sizes if any_size else {})}
 
     def patches(self) -> dict[str, Any]:
         """Qwen2-VL, SigLIP 2 and their like: patches one after another, and each image's grid of them."""
