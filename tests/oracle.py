@@ -89,13 +89,13 @@ def padded(size: int, ranks: int, pad: int) -> Axis:
     return Axis(tuple(tuple(i for i in range(size) if i // each == r) for r in range(ranks)), (each,) * ranks)
 
 
-def blocks(parts: list[tuple[int, int]], ranks: int) -> Axis:
+def blocks(parts: list[tuple[int, int]], ranks: int, copied: bool = True) -> Axis:
     """Fused blocks of ``count`` units of ``width``; fewer units than ranks are copied to neighbours where they fit."""
     held: list[list[int]] = [[] for _ in range(ranks)]
     base = 0
     for count, width in parts:
         units = np.array_split(np.arange(count), ranks)
-        if count and count < ranks and ranks % count == 0:
+        if copied and count and count < ranks and ranks % count == 0:
             units = [np.array([unit]) for unit in np.repeat(np.arange(count), ranks // count)]
         for rank in range(ranks):
             held[rank] += [base + unit * width + i for unit in units[rank].tolist() for i in range(width)]

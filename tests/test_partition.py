@@ -69,6 +69,13 @@ def test_uneven_gives_the_first_ranks_more() -> None:
     assert deal(70, Cut((Block(7, 10),), uneven=True), 3) == [[(0, 30)], [(30, 50)], [(50, 70)]]
 
 
+def test_uneven_never_copies() -> None:
+    """Three heads on six ranks: dealt alike whether the outputs are added (row) or not, the last ranks without any."""
+    for replicable in (True, False):
+        cut = Cut((Block(3, 10),), replicable=replicable, uneven=True)
+        assert deal(30, cut, 6) == [[(0, 10)], [(10, 20)], [(20, 30)], [], [], []]
+
+
 def test_padding_makes_ranks_equal() -> None:
     """1003 rows on 4 ranks in multiples of 8: 256 rows each, the last rank's end in 21 of zeros."""
     layout = cut_layout((1003, 44), 0, Cut((Block(1003, 1, named=False),), pad=8), 4)
@@ -154,8 +161,10 @@ def test_padded_is_the_oracle(size: int, ranks: int, pad: int) -> None:
 @given(st.integers(0, 30).flatmap(lambda size: st.tuples(st.just(size), block_lists(size))), st.integers(1, 8))
 def test_blocks_are_the_oracle(case: tuple[int, list[tuple[int, int]]], ranks: int) -> None:
     size, parts = case
-    cut = Cut(tuple(Block(count, width) for count, width in parts), uneven=True)
-    assert same(cut_layout((size,), 0, cut, ranks), blocks(parts, ranks))
+    units = tuple(Block(count, width) for count, width in parts)
+    assert same(cut_layout((size,), 0, Cut(units, uneven=True), ranks), blocks(parts, ranks, copied=False))
+    if ranks in legal_ranks([Cut(units)], 8):
+        assert same(cut_layout((size,), 0, Cut(units), ranks), blocks(parts, ranks))
 
 
 @given(

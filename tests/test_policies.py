@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests import tiny_models
-from tests.architectures import Architecture, architectures, fused, translators
+from tests.architectures import Architecture, architectures, fused, senses, translators
 from tests.build import load
 from tests.proof import config_of
 from tests.tiny_models import save_model
@@ -77,7 +77,10 @@ def variants(found: Iterable[Architecture]) -> Iterator[tuple[Any, str]]:
     for architecture in found:
         model_type = architecture.model_type
         config = config_of(architecture)
-        yield from ((config, head) for head in tiny_models.heads(config))
+        for head in tiny_models.heads(config):
+            yield config_of(architecture, **senses.NEEDS[head]) if head in senses.NEEDS else config, head
+        for changes, head in senses.MORE.get(architecture.name, ()):
+            yield config_of(architecture, **changes), head
         if not architecture.head:
             untied = config_of(architecture, tie_word_embeddings=False)
             yield untied, tiny_models.word_head(untied)
@@ -94,12 +97,19 @@ def old_buffers(checkpoint: Checkpoint) -> dict[str, Shape]:
     layers = {name.partition(end)[0] for name in checkpoint.tensors for end in rotary if end in name}
     attentions = {name.rpartition(".c_attn.")[0] for name in checkpoint.tensors if ".c_attn." in name}
     embeddings = {name.rpartition(".word_embeddings.")[0] for name in checkpoint.tensors if "embeddings.word" in name}
+    tables = {name.rpartition(".")[0] for name in checkpoint.tensors if name.endswith("relative_position_bias_table")}
+    positions = {
+        name.rpartition(".position_embedding.")[0] for name in checkpoint.tensors if ".position_embedding." in name
+    }
+    convolutions = {name.partition(".pos_conv_embed.")[0] for name in checkpoint.tensors if ".pos_conv_embed." in name}
     return {
         **{f"{layer}.self_attn.rotary_emb.inv_freq": (5,) for layer in layers},
         **translators.old_tensors(checkpoint),
         **{f"{attention}.bias": (1, 1, 40, 40) for attention in attentions},
         **{f"{attention}.masked_bias": () for attention in attentions},
-        **{f"{place}.position_ids": (1, 40) for place in embeddings},
+        **{f"{place}.position_ids": (1, 40) for place in embeddings | positions},
+        **{f"{table}.relative_position_index": (9, 9) for table in tables},
+        **{f"{place}.pos_conv_embed.conv.weight_{part}": (1, 1, 8) for place in convolutions for part in "gv"},
         **fused.old_buffers(checkpoint),
     }
 

@@ -69,7 +69,7 @@ def _units(block: Block, cut: Cut, ranks: int, rank: int) -> tuple[int, int]:
     count = block.count
     if count % ranks == 0:
         return rank * count // ranks, (rank + 1) * count // ranks
-    if count and ranks % count == 0 and block.named and cut.replicable:
+    if count and ranks % count == 0 and block.named and cut.replicable and not cut.uneven:
         unit = rank // (ranks // count)  # repeat-interleave: neighbours share a unit
         return unit, unit + 1
     if cut.uneven or not block.named:

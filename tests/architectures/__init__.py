@@ -45,7 +45,7 @@ class Architecture:
 
 
 def architectures() -> tuple[Architecture, ...]:
-    from tests.architectures import decoders, encoders, fused, llama_kin, translators
+    from tests.architectures import decoders, encoders, fused, llama_kin, senses, translators
 
-    modules = decoders, encoders, fused, llama_kin, translators
+    modules = decoders, encoders, fused, llama_kin, senses, translators
     return tuple(found for module in modules for found in module.ARCHITECTURES)

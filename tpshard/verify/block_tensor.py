@@ -37,7 +37,7 @@ class Context:
     and where uses are noted for their gradients.
 
     ``sound``: numbers that are not finite end the run; ``backwards``: products are summed in another order; ``used``:
-    the parameters that were asked for numbers.
+    the parameters that were asked for numbers; ``attended``: those given to torch's attention, which ends in a product.
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class Context:
         self.tape: Tape | None = None
         self.selected: dict[str, set[int]] = {}  # of stacked matrices (experts), those that were used
         self.used: set[str] = set()
+        self.attended: set[str] = set()
         self._recent: OrderedDict[str, tuple[Block, ...]] = OrderedDict()
 
     def blocks_of(self, key: str, factory: Callable[[], tuple[Block, ...]]) -> tuple[Block, ...]:
@@ -192,6 +193,10 @@ class BlockTensor(torch.Tensor):
         cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is torch.nn.functional.multi_head_attention_forward:
+            for given in (*args, *kwargs.values()):
+                if isinstance(given, BlockTensor):
+                    given.context.attended.add(given.key)
         if func in _METADATA or getattr(func, "__name__", "") == "__get__":
             return _metadata(func, args, kwargs)
         if (handler := HANDLERS.get(func)) is not None and _all_blocks((args, kwargs)):

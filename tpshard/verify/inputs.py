@@ -1,11 +1,15 @@
 """Inputs for a model of transformers, made from its own config: tokens, images, sound, or several of them.
 
+How many tokens stand for an image or a sound, the model itself tells, by shapes alone, where it has a method for it.
+
 Tokens come from equal strata of the vocabulary, so that every rank's part of it is met; there are enough positions
 for a wrong rotary embedding to show (it has looked fine for 20).
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import inspect
 import math
 from typing import Any
@@ -24,13 +28,10 @@ MOST_SEQUENCES = 16
 def make_inputs(module: nn.Module, config: Any, ranks: int, seed: int, dtype: torch.dtype) -> dict[str, Any]:
     """Keyword arguments for the module. Raises InconclusiveError where it wants something unknown."""
     wanted = signature_of(module)
-    maker = _Maker(config, ranks, seed, dtype)
+    maker = _Maker(module, config, ranks, seed, dtype)
     inputs: dict[str, Any] = {}
     if "pixel_values" in wanted and maker.vision is not None and maker.has_image_token():
-        if "image_patches" in wanted:
-            inputs |= maker.flat_patches()
-        else:
-            inputs |= maker.patches() if "image_grid_thw" in wanted else maker.images()
+        inputs |= maker.flat_patches() if "image_patches" in wanted else maker.images()
     if "input_features" in wanted:
         inputs |= maker.features()
     if "input_values" in wanted:
@@ -60,9 +61,11 @@ def signature_of(module: nn.Module) -> set[str]:
 
 
 class _Maker:
-    def __init__(self, config: Any, ranks: int, seed: int, dtype: torch.dtype) -> None:
+    def __init__(self, module: nn.Module, config: Any, ranks: int, seed: int, dtype: torch.dtype) -> None:
+        self.module, self.wanted = module, signature_of(module)
         self.config, self.ranks, self.seed, self.dtype = config, ranks, seed, dtype
         self.text = config.get_text_config()
+        self.audio = getattr(config, "audio_config", config)
         visual = hasattr(config, "image_size") or hasattr(config, "patch_size") or hasattr(config, "num_channels")
         self.vision = getattr(config, "vision_config", config if visual else None)
         self._random = torch.Generator().manual_seed(seed)
@@ -82,47 +85,85 @@ class _Maker:
         return token_ids(self.text.vocab_size, length, self.ranks, seed, _sequences(self.text, min(POSITIONS, length)))
 
     def tokens(self, others: dict[str, Any]) -> dict[str, Any]:
+        """Words, and after the first of them a token for each position of the image or sound."""
         tokens = self.ids(self.seed)
-        image = next(iter(self._image_tokens_named()), None)
-        if image is None:
+        special = next(iter(self._image_tokens_named()), None)
+        if special is None:
             return {"input_ids": tokens}
-        tokens[tokens == image] = (image + 1) % self.text.vocab_size if image + 1 < self.text.vocab_size else image - 1
-        if "pixel_values" not in others:
-            return {"input_ids": tokens}
-        count = self._image_tokens(others)
-        places = torch.full((len(tokens), count), image)
-        return {"input_ids": torch.cat([tokens[:, :4], places, tokens[:, 4:]], dim=1)}
+        tokens[tokens == special] = special + 1 if special + 1 < self.text.vocab_size else special - 1
+        count = self._positions(others) if others else 0
+        places = torch.full((len(tokens), count), special)
+        tokens = torch.cat([tokens[:, :4], places, tokens[:, 4:]], dim=1)
+        kinds = {"mm_token_type_ids": (tokens == special).int()} if "mm_token_type_ids" in self.wanted else {}
+        return {"input_ids": tokens, **kinds}
 
-    def _image_tokens(self, others: dict[str, Any]) -> int:
-        """How many tokens stand for an image."""
-        merge = _first(self.vision, "spatial_merge_size") or 1
+    def _positions(self, others: dict[str, Any]) -> int:
+        """How many tokens stand for an image or a sound."""
+        if "aspect_ratio_ids" in others:
+            return 1  # mllama: the text attends to the image, and only marks where it stands
+        merge = _first(self.vision, "spatial_merge_size") or _first(self.config, "spatial_merge_size") or 1
         if "image_grid_thw" in others:
             t, h, w = others["image_grid_thw"][0].tolist()
             return int(t * h * w // merge**2)
-        if others["pixel_values"].ndim == 3:
+        if "pixel_values" in others and others["pixel_values"].ndim == 3:
             return int(others["pixel_values"].shape[1])
-        fixed = _first(self.config, "image_seq_length", "mm_tokens_per_image")
-        patches = (_size(self.vision)[0] // _first(self.vision, "patch_size")) ** 2
-        scale = _first(self.config, "scale_factor") or 1
-        if fixed and not hasattr(self.config, "vision_feature_select_strategy"):
-            return fixed
-        keeps_class = getattr(self.config, "vision_feature_select_strategy", "default") == "full"
-        return patches // scale**2 // merge**2 + (1 if keeps_class else 0)
+        if (told := self._told(others)) is not None:
+            return told
+        if "input_features" in others:  # a convolution of stride 2, then a mean of two
+            return int(others["input_features"].shape[-1]) // 4
+        patches = (int(others["pixel_values"].shape[-1]) // _first(self.vision, "patch_size")) ** 2
+        return int(patches // (_first(self.config, "scale_factor") or 1) ** 2 // merge**2)
+
+    def _told(self, others: dict[str, Any]) -> int | None:
+        """By the model's own method, on tensors that have shapes only; None where it has none or looks at numbers."""
+        kind = "audio" if "input_features" in others else "image"
+        method = f"get_{kind}_features"
+        if not hasattr(self.module, method):
+            return None
+        shapes: Any = copy.deepcopy(self.module).to("meta")
+        given = {key: value.to("meta") if value.is_floating_point() else value for key, value in others.items()}
+        with contextlib.suppress(Exception), torch.no_grad():
+            told = getattr(shapes, method)(**given)
+            parts = getattr(told, "pooler_output", told)
+            parts = parts if isinstance(parts, tuple | list) else [parts]
+            return int(sum(part.numel() // part.shape[-1] for part in parts)) // IMAGES
+        return None
 
     def images(self) -> dict[str, Any]:
+        """Two images, in the form that the model's own preparation has."""
         height, width = _size(self.vision)
-        return {"pixel_values": self._numbers(IMAGES, _first(self.vision, "num_channels") or 3, height, width)}
+        if getattr(self.vision, "model_type", "") == "pixtral":  # any size will do, and its largest has 12100 patches
+            height = width = min(height, 4 * _first(self.vision, "patch_size"))
+        image = _first(self.vision, "num_channels") or 3, height, width
+        if "image_grid_thw" in self.wanted or "spatial_shapes" in self.wanted:
+            return self.patches()
+        sizes = {"image_sizes": torch.tensor([[height, width]] * IMAGES)}
+        if "aspect_ratio_ids" in self.wanted:  # mllama: one image of each sequence, in tiles, of which one is used
+            tiles = _first(self.vision, "max_num_tiles") or 4
+            ones = torch.ones(IMAGES, 1, dtype=torch.long)
+            seen = torch.arange(tiles).expand(IMAGES, 1, tiles) < 1
+            numbers = self._numbers(IMAGES, 1, tiles, *image)
+            return {"pixel_values": numbers, "aspect_ratio_ids": ones, "aspect_ratio_mask": seen.long()}
+        if hasattr(self.config, "image_grid_pinpoints"):  # llava_next: the whole and one tile
+            return {"pixel_values": self._numbers(IMAGES, 2, *image), **sizes}
+        if "pixel_attention_mask" in self.wanted:  # idefics3: several images of each sequence
+            return {"pixel_values": self._numbers(IMAGES, 1, *image)}
+        any_size = "image_sizes" in self.wanted and getattr(self.vision, "model_type", "") == "pixtral"
+        return {"pixel_values": self._numbers(IMAGES, *image), **(sizes if any_size else {})}
 
     def patches(self) -> dict[str, Any]:
-        """Qwen2-VL and its like: patches one after another, and each image's grid of them."""
+        """Qwen2-VL, SigLIP 2 and their like: patches one after another, and each image's grid of them."""
         merge, patch = _first(self.vision, "spatial_merge_size") or 1, _first(self.vision, "patch_size") or 14
         channels = _first(self.vision, "in_channels", "in_chans", "num_channels") or 3
         side, frames = 2 * merge, _first(self.vision, "temporal_patch_size") or 1
+        cells = channels * frames * patch * patch
+        if "spatial_shapes" in self.wanted:
+            mask = torch.ones(IMAGES, side * 2 * side, dtype=torch.long)
+            shapes = torch.tensor([[side, 2 * side]] * IMAGES)
+            numbers = self._numbers(*mask.shape, cells)
+            return {"pixel_values": numbers, "pixel_attention_mask": mask, "spatial_shapes": shapes}
         grid = torch.tensor([[1, side, side]] * IMAGES)
-        return {
-            "pixel_values": self._numbers(IMAGES * side * side, channels * frames * patch * patch),
-            "image_grid_thw": grid,
-        }
+        return {"pixel_values": self._numbers(IMAGES * side * side, cells), "image_grid_thw": grid}
 
     def flat_patches(self) -> dict[str, Any]:
         """Fuyu: a row for each of an image's patches, which go through one linear layer."""
@@ -131,13 +172,16 @@ class _Maker:
 
     def features(self) -> dict[str, Any]:
         """Mel spectra: [batch, bins, frames], as long as the encoder wants them."""
-        bins = _first(self.config, "num_mel_bins") or 80
-        return {
-            "input_features": self._numbers(IMAGES, bins, 2 * (_first(self.config, "max_source_positions") or 1500))
-        }
+        bins = _first(self.audio, "num_mel_bins") or 80
+        frames = 2 * (_first(self.audio, "max_source_positions") or 1500)
+        ones = torch.ones(IMAGES, frames, dtype=torch.long)
+        mask = {"feature_attention_mask": ones} if "feature_attention_mask" in self.wanted else {}
+        return {"input_features": self._numbers(IMAGES, bins, frames), **mask}
 
     def sound(self) -> dict[str, Any]:
-        """Samples: enough for POSITIONS frames after the convolutions' strides."""
+        """Samples: enough for POSITIONS frames after the convolutions' strides. Or a spectrogram, cut into patches."""
+        if hasattr(self.config, "frequency_stride"):
+            return {"input_values": self._numbers(IMAGES, self.config.max_length, self.config.num_mel_bins)}
         strides = list(getattr(self.config, "conv_stride", [320]))
         kernels = list(getattr(self.config, "conv_kernel", [400]))
         samples = POSITIONS
@@ -146,7 +190,7 @@ class _Maker:
         return {"input_values": self._numbers(IMAGES, samples)}
 
 
-_IMAGE_TOKENS = ("image_token_id", "image_token_index")
+_IMAGE_TOKENS = ("image_token_id", "image_token_index", "audio_token_id", "audio_token_index")
 
 
 def _first(config: Any, *keys: str) -> int:

@@ -61,17 +61,17 @@ def prepare(weights: Weights, choice: Choice) -> Subject:
     blocks = outermost_blocks(model.skeleton)
     device = torch.device(choice.device)
     subject = Subject(model, parameters, layers, blocks, inputs, weights.ranks, device, choice.new_lock)
-    called, used = _called(subject, weights)
+    called, context = _called(subject, weights)
     return replace(
         subject,
-        layers=_settled(subject, layers, set(called), used),
+        layers=_settled(subject, layers, set(called), context),
         blocks=[path for path in blocks if path in called],
         stubs={path: form for path, form in called.items() if form is not None},
     )
 
 
-def _called(subject: Subject, weights: Weights) -> tuple[dict[str, Any], set[str]]:
-    """The modules that a forward calls, and the parameters whose numbers it wants: all parameters zero, which costs
+def _called(subject: Subject, weights: Weights) -> tuple[dict[str, Any], Context]:
+    """The modules that a forward calls, and which parameters' numbers it wants: all parameters zero, which costs
     nothing; or, where that does not run, with the reference's own. Of blocks, what they return, if its first tensor is
     like their input's."""
     try:
@@ -85,7 +85,7 @@ def _called(subject: Subject, weights: Weights) -> tuple[dict[str, Any], set[str
             raise InconclusiveError(f"the unsharded model itself does not run: {one_line(error)}") from None
 
 
-def _calls(subject: Subject, weights: Weights, run: int) -> tuple[dict[str, Any], set[str]]:
+def _calls(subject: Subject, weights: Weights, run: int) -> tuple[dict[str, Any], Context]:
     context = Context(weights, torch.get_default_dtype(), subject.device, sound=run == REFERENCE)
     module = copy_with(subject.model.skeleton, subject.parameters.of_run(run, context), subject.device)
     called: dict[str, Any] = {}
@@ -102,13 +102,14 @@ def _calls(subject: Subject, weights: Weights, run: int) -> tuple[dict[str, Any]
         )
     with torch.no_grad(), AllDouble():
         call(module, on_device(subject.inputs, subject.device))
-    return called, context.used
+    return called, context
 
 
-def _settled(subject: Subject, layers: Sequence[Layer], called: set[str], used: set[str]) -> list[Layer]:
-    """A layer whose own forward is never called though its weight is ``used`` (its parent reads it, as
-    nn.MultiheadAttention does with its output projection) leaves its task to the parent, if that calls nothing else;
-    otherwise where it is to be carried out is not known. What is neither called nor used will be told as not reached.
+def _settled(subject: Subject, layers: Sequence[Layer], called: set[str], context: Context) -> list[Layer]:
+    """A layer whose own forward is never called though its weight is used (its parent reads it, as
+    nn.MultiheadAttention does with its output projection) leaves its task to the parent, if that calls nothing else
+    that could follow; otherwise where it is to be carried out is not known. What is neither called nor used will be
+    told as not reached.
     """
     taken = {layer.path for layer in layers if layer.path in called}
     settled = [layer for layer in layers if layer.path in taken]
@@ -116,16 +117,27 @@ def _settled(subject: Subject, layers: Sequence[Layer], called: set[str], used: 
         if layer.path in called or _twin_is_called(subject.model.skeleton, layer, taken):
             continue
         parent = layer.path.rpartition(".")[0]
-        if not any(layer_of(name) == layer.path for name in used):
+        if not any(layer_of(name) == layer.path for name in context.used):
             settled.append(layer)
         elif layer.task in ("whole", "column"):
             continue  # nothing to do
-        elif parent in called and not any(path and path.rpartition(".")[0] == parent for path in called):
+        elif parent in called and not any(_could_follow(subject, layer, path, context) for path in called):
             settled.append(replace(layer, path=parent))
         else:
             what = f"{printable(layer.name)}: its weight is read, but the layer is not called"
             raise InconclusiveError(what, hint=f"call the layer, so that its task ({layer.task}) has a place")
     return settled
+
+
+def _could_follow(subject: Subject, layer: Layer, path: str, context: Context) -> bool:
+    """Whether a module stands beside a layer and may work on its output. Not so where torch's attention ends in the
+    layer and the module knows nothing of its width: WavLM's calls a gate of eight numbers for each head before."""
+    if not path or path.rpartition(".")[0] != layer.path.rpartition(".")[0]:
+        return False
+    tensors = list(subject.model.skeleton.get_submodule(path).parameters())
+    width = subject.model.skeleton.get_submodule(layer.path).get_parameter("weight").shape[0]
+    apart = bool(tensors) and not any(width in tensor.shape for tensor in tensors)
+    return not (apart and f"{layer.path}.weight" in context.attended)
 
 
 def _twin_is_called(skeleton: nn.Module, layer: Layer, called: set[str]) -> bool:

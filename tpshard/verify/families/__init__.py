@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tpshard.verify.families import decoders, encoders, fused, llama_kin, remote_code, translators
+from tpshard.verify.families import decoders, encoders, fused, llama_kin, remote_code, senses, translators
 from tpshard.verify.slots import Slot
 
-_MODULES = decoders, encoders, fused, llama_kin, remote_code, translators
+_MODULES = decoders, encoders, fused, llama_kin, remote_code, senses, translators
 FAMILIES: Mapping[str, Mapping[str, Slot]] = {kind: slots for file in _MODULES for kind, slots in file.FAMILIES.items()}
 TIED_BY_DEFAULT = frozenset(kind for file in _MODULES for kind in file.TIED_BY_DEFAULT)
 _HEAD_SIZE_BY_DEFAULT = {**decoders.HEAD_SIZE_BY_DEFAULT, **llama_kin.HEAD_SIZE_BY_DEFAULT}
