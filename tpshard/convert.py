@@ -6,14 +6,24 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from tpshard.assignment import assign
+from tpshard.adapter_folder import (
+    BASE_CONFIG_NAME,
+    Base,
+    adapter_of,
+    is_sharded_adapter,
+    open_adapter,
+    read_base,
+    recorded_base,
+)
+from tpshard.adapter_layout import assign_adapter, missing_in_base
+from tpshard.assignment import Assigned, assign
+from tpshard.carrying import carry, written_beside
 from tpshard.checkpoint import Checkpoint, open_full, open_shards
-from tpshard.digest import hasher_factory
-from tpshard.errors import InputError, UsageError
+from tpshard.errors import UsageError
 from tpshard.execute import Written, execute
 from tpshard.folder import MANIFEST_NAME
 from tpshard.layout import Layout
@@ -23,7 +33,7 @@ from tpshard.plan import Item, Output, Plan, arrange, bytes_of_ranks
 from tpshard.policy import Policy
 from tpshard.quantised import refuse_quantised
 from tpshard.roles import Role
-from tpshard.staging import Staging, check_space, check_target, storage_errors
+from tpshard.staging import Staging, check_space, check_target
 
 DEFAULT_MAX_SHARD_SIZE = 5 * 10**9
 DEFAULT_DIGEST = "xxh3-128"
@@ -45,13 +55,15 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """A planned conversion, ready to be shown or run. ``policy`` and ``roles`` are set where shards are written."""
+    """A planned conversion, ready to be shown or run. ``policy`` and ``roles`` are set where shards are written;
+    ``beside``: files to be carried that are not in the source's folder."""
 
     plan: Plan
     target: Path
     policy: Policy | None
     roles: Mapping[str, Role]
     warnings: tuple[str, ...]
+    beside: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def disk_needed(self) -> int:
@@ -81,6 +93,18 @@ def plan_split(source: Path, target: Path, tp: int, policy: str = "auto", option
     return _to_shards(checkpoint, target, tp, choose_policy(policy, checkpoint.config), options)
 
 
+def plan_adapter_split(
+    source: Path, target: Path, tp: int, base: Path, policy: str = "auto", options: Options = Options()
+) -> Conversion:
+    """Plan to cut a LoRA adapter as the policy cuts its base: a checkpoint's folder, or its config.json alone."""
+    if (source / MANIFEST_NAME).exists():
+        raise UsageError(f"{source}: is a shard folder already", hint="tpshard reshard cuts it for other ranks")
+    check_target(target, source)
+    checkpoint, model = open_adapter(source), read_base(base)
+    conversion = _adapter_to_shards(checkpoint, target, tp, choose_policy(policy, model.config), model, options)
+    return replace(conversion, beside={BASE_CONFIG_NAME: model.config_bytes})
+
+
 def plan_reshard(
     source: Path, target: Path, tp: int, policy: str | None = None, options: Options = Options()
 ) -> Conversion:
@@ -88,17 +112,21 @@ def plan_reshard(
     check_target(target, source)
     checkpoint = open_shards(source)
     assert checkpoint.manifest is not None
+    base = recorded_base(checkpoint) if is_sharded_adapter(checkpoint) else None
     if policy is None:
         chosen = policy_from_data(checkpoint.manifest.policy_documents, str(source / MANIFEST_NAME))
     else:
-        chosen = choose_policy(policy, checkpoint.config)
+        chosen = choose_policy(policy, base.config if base else checkpoint.config)
+    if base is not None:
+        return _adapter_to_shards(checkpoint, target, tp, chosen, base, options)
     return _to_shards(checkpoint, target, tp, chosen, options)
 
 
 def plan_merge(source: Path, target: Path, options: Options = Options()) -> Conversion:
     """Plan to rebuild the full checkpoint: in the files it came in, or in parts of ``options.max_shard_size``."""
     check_target(target, source)
-    checkpoint = open_shards(source)
+    opened = open_shards(source)
+    checkpoint = replace(opened, carried=tuple(name for name in opened.carried if name != BASE_CONFIG_NAME))
     assert checkpoint.manifest is not None
     items = [Item(tensor, Layout.replicated(tensor.shape, 1)) for tensor in checkpoint.tensors.values()]
     if options.max_shard_size is None:
@@ -125,7 +153,9 @@ def run(conversion: Conversion, options: Options = Options()) -> Done:
     algorithm = plan.source.manifest.algorithm if plan.source.manifest else options.digest
     with Staging(target) as staging:
         written = execute(plan, staging, algorithm, options.threads, options.progress)
-        carried = tuple(_carry(plan.source, name, staging, algorithm) for name in plan.source.carried)
+        carried = tuple(carry(plan.source, name, staging, algorithm) for name in plan.source.carried)
+        beside = conversion.beside.items()
+        carried += tuple(written_beside(name, content, staging, algorithm) for name, content in beside)
         copied = time.monotonic()
         staging.sync()
         if conversion.policy is None:
@@ -149,6 +179,21 @@ def run(conversion: Conversion, options: Options = Options()) -> Done:
 
 def _to_shards(checkpoint: Checkpoint, target: Path, tp: int, policy: Policy, options: Options) -> Conversion:
     assigned = assign(policy, checkpoint.config, checkpoint.shapes, tp)
+    return _as_assigned(checkpoint, target, tp, policy, options, assigned)
+
+
+def _adapter_to_shards(
+    checkpoint: Checkpoint, target: Path, tp: int, policy: Policy, base: Base, options: Options
+) -> Conversion:
+    adapter = adapter_of(checkpoint)
+    assigned = assign_adapter(policy, base.config, adapter, checkpoint.shapes, tp, base.shapes)
+    conversion = _as_assigned(checkpoint, target, tp, policy, options, assigned)
+    return replace(conversion, warnings=(*conversion.warnings, *missing_in_base(policy, adapter, base.shapes)))
+
+
+def _as_assigned(
+    checkpoint: Checkpoint, target: Path, tp: int, policy: Policy, options: Options, assigned: Assigned
+) -> Conversion:
     wanted = assigned.tensors
     items = [Item(tensor, wanted[name].layout) for name, tensor in checkpoint.tensors.items()]
     groups = arrange(items, tp, options.max_shard_size or DEFAULT_MAX_SHARD_SIZE)
@@ -260,22 +305,3 @@ def _write_index(plan: Plan, staging: Staging) -> None:
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     content = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
     staging.write("model.safetensors.index.json", content.encode("utf-8"))
-
-
-def _carry(source: Checkpoint, name: str, staging: Staging, algorithm: str) -> CarriedRecord:
-    path = source.folder / name
-    changed = InputError(f"{path}: was changed since the shards were written", hint="tpshard verify tells more")
-    known = {carried.name: carried for carried in source.manifest.carried} if source.manifest else {}
-    with storage_errors(path):
-        if not path.is_file():
-            raise InputError(f"{path}: is not there, or not a regular file", hint="tpshard verify tells more")
-        if name in known and path.stat().st_size != known[name].size:
-            raise changed
-        content = path.read_bytes()
-    hasher = hasher_factory(algorithm)()
-    hasher.update(content)
-    record = CarriedRecord(name, len(content), hasher.hexdigest())
-    if known.get(name, record) != record:
-        raise changed
-    staging.write(name, content)
-    return record

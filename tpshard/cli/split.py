@@ -8,7 +8,7 @@ import click
 
 from tpshard.cli import options
 from tpshard.cli.carry_out import Manner, carry_out
-from tpshard.convert import Options, plan_split
+from tpshard.convert import Options, plan_adapter_split, plan_split
 
 
 @click.command()
@@ -16,6 +16,7 @@ from tpshard.convert import Options, plan_split
 @click.argument("target", metavar="DST", type=options.FOLDER)
 @options.tp
 @click.option("--policy", default="auto", show_default=True, metavar="P", help="auto, a built-in name, or a YAML file.")
+@options.base
 @options.apply(options.max_shard_size, options.digest, options.workers, options.strict, options.dry_run)
 @options.apply(options.as_json, options.quiet)
 def split(
@@ -23,6 +24,7 @@ def split(
     target: Path,
     tp: int,
     policy: str,
+    base: Path | None,
     max_shard_size: int | None,
     digest: str,
     workers: int | None,
@@ -39,7 +41,11 @@ def split(
     tpshard split llama-8b llama-8b-tp4 --tp 4
     tpshard split llama-8b llama-8b-tp4 --tp 4 --dry-run
     tpshard split my-model shards --tp 2 --policy my-policy.yaml --max-shard-size 2GB
+    tpshard split my-lora my-lora-tp4 --tp 4 --base llama-8b    # a LoRA adapter, cut as its base
     """
     chosen = Options(max_shard_size=max_shard_size, digest=digest, workers=workers or 0)
-    conversion = plan_split(source, target, tp, policy, chosen)
+    if base is None:
+        conversion = plan_split(source, target, tp, policy, chosen)
+    else:
+        conversion = plan_adapter_split(source, target, tp, base, policy, chosen)
     carry_out("split", conversion, chosen, Manner(quiet, as_json, strict, dry_run))

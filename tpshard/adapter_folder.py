@@ -1,0 +1,94 @@
+"""Folders of adapters, and the base model that goes with one.
+
+The base's config.json is carried along under a name of its own: what was cut can then be recut, merged and checked
+without the base, and whoever has that file in his shard folder has an adapter's shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tpshard.adapter import CONFIG_NAME, Adapter, parse_adapter
+from tpshard.checkpoint import Checkpoint, open_checkpoint, open_full
+from tpshard.errors import InputError, StorageError
+from tpshard.folder import WeightFiles, read_json
+from tpshard.layout import Shape
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+BASE_CONFIG_NAME = "tpshard-base-config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A base model: its config.json, and its headers where more than that was given. ``place`` is what was given."""
+
+    place: Path
+    config: Mapping[str, Any]
+    config_bytes: bytes
+    checkpoint: Checkpoint | None = None
+
+    @property
+    def shapes(self) -> Mapping[str, Shape] | None:
+        """The shapes of its tensors; None where they are not known, or are those of packed words."""
+        if self.checkpoint is None or "quantization_config" in self.config:
+            return None
+        return self.checkpoint.shapes
+
+
+def is_sharded_adapter(checkpoint: Checkpoint) -> bool:
+    return BASE_CONFIG_NAME in checkpoint.carried
+
+
+def read_base(place: Path) -> Base:
+    """A base model by its folder (a checkpoint or shards), or by its config.json alone. Raises InputError."""
+    path = place / "config.json" if place.is_dir() else place
+    config = read_json(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror}") from None
+    return Base(place, config, content, open_checkpoint(place) if place.is_dir() else None)
+
+
+def open_adapter(folder: Path) -> Checkpoint:
+    """An adapter's folder as a full checkpoint without a config. Raises InputError where it is none."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: is not a folder" if folder.exists() else f"{folder}: is not there")
+    if not (folder / WEIGHTS_NAME).exists():
+        if (folder / "adapter_model.bin").exists():
+            hint = "save it again with safetensors"
+            raise InputError(f"{folder}: holds adapter_model.bin; pickles are not read", hint=hint)
+        hint = "--base is for adapters; leave it out for a model"
+        raise InputError(f"{folder}: holds no {WEIGHTS_NAME}", hint=hint)
+    if not (folder / CONFIG_NAME).exists():
+        raise InputError(f"{folder}: holds no {CONFIG_NAME}", hint="it tells rank and alpha: get it from the adapter")
+    if (folder / BASE_CONFIG_NAME).exists():
+        raise InputError(f"{folder}: holds a file called {BASE_CONFIG_NAME}", hint="remove or rename it")
+    return replace(open_full(folder, WeightFiles((WEIGHTS_NAME,), None)), config={})
+
+
+def adapter_of(checkpoint: Checkpoint) -> Adapter:
+    """What the tensors of an adapter's folder or shards are. Raises InputError."""
+    path = checkpoint.folder / CONFIG_NAME
+    try:
+        return parse_adapter(read_json(path), checkpoint.shapes)
+    except InputError as error:
+        where = "" if error.message.startswith(str(path)) else f"{checkpoint.folder}: "
+        raise InputError(f"{where}{error.message}", hint=error.hint) from None
+
+
+def recorded_base(checkpoint: Checkpoint) -> Base:
+    """The base that the shards of an adapter were cut by, as far as it was carried along."""
+    return read_base(checkpoint.folder / BASE_CONFIG_NAME)
+
+
+def require_same_base(recorded: Base, given: Base) -> None:
+    """Raises InputError where another base than the recorded one is given."""
+    for key in sorted({*recorded.config, *given.config} - {"_name_or_path", "transformers_version"}):
+        was, now = recorded.config.get(key), given.config.get(key)
+        if was != now:
+            what = f"{given.place}: is not the base that the adapter was cut by: {key} is {now!r}, was {was!r}"
+            raise InputError(what, hint="give the one that split was given")
