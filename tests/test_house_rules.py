@@ -29,9 +29,24 @@ FLOORS: list[tuple[str, ...]] = [
     ),
     ("policy_check", "quantised", "plan", "slabs"),
     ("staging", "sources", "outputs", "execute", "carrying", "convert", "summary", "demo"),
-    ("verify.report", "verify.families", "verify.axes", "verify.differences", "verify.ties", "verify.layout"),
+    (
+        "verify.report",
+        "verify.families",
+        "verify.axes",
+        "verify.differences",
+        "verify.ties",
+        "verify.layout",
+        "verify.adapter_layout_check",
+    ),
     ("verify.files", "verify.weights", "verify.request"),
-    ("verify.values", "verify.blocks", "verify.block_tensor", "verify.block_operations", "verify.generic"),
+    (
+        "verify.values",
+        "verify.blocks",
+        "verify.block_tensor",
+        "verify.block_operations",
+        "verify.generic",
+        "verify.adapter_weights",
+    ),
     ("verify.inputs", "verify.models", "verify.factory_model", "verify.placement", "verify.gradients"),
     (
         "verify.lockstep",
@@ -44,7 +59,15 @@ FLOORS: list[tuple[str, ...]] = [
     ),
     ("verify.preparation", "verify.native", "verify.loss", "verify.forward"),
     ("verify.canaries", "verify.sensitivity", "verify.layers"),
-    ("verify.model_checks", "verify.processes", "verify.together", "verify.run", "verify.__init__"),
+    (
+        "verify.model_checks",
+        "verify.disk_names",
+        "verify.adapter_checks",
+        "verify.processes",
+        "verify.together",
+        "verify.run",
+        "verify.__init__",
+    ),
     ("api",),
     ("cli.__init__", "cli.options", "cli.render", "cli.carry_out"),
     ("cli.report_text", "cli.junit", "cli.markdown", "cli.report_files"),
@@ -54,7 +77,7 @@ FLOORS: list[tuple[str, ...]] = [
 ORDER = {module: place for place, module in enumerate(module for floor in FLOORS for module in floor)}
 WITH_TORCH = {name for name in ORDER if name.startswith("verify.")} - {
     "verify.report", "verify.families", "verify.axes", "verify.differences", "verify.ties", "verify.layout",
-    "verify.files", "verify.weights", "verify.request", "verify.run", "verify.__init__",
+    "verify.adapter_layout_check", "verify.files", "verify.weights", "verify.request", "verify.run", "verify.__init__",
 }  # fmt: skip
 
 

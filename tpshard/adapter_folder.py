@@ -13,7 +13,7 @@ from typing import Any
 
 from tpshard.adapter import CONFIG_NAME, Adapter, parse_adapter
 from tpshard.checkpoint import Checkpoint, open_checkpoint, open_full
-from tpshard.errors import InputError, StorageError
+from tpshard.errors import InputError, StorageError, UsageError
 from tpshard.folder import WeightFiles, read_json
 from tpshard.layout import Shape
 
@@ -85,7 +85,25 @@ def recorded_base(checkpoint: Checkpoint) -> Base:
     return read_base(checkpoint.folder / BASE_CONFIG_NAME)
 
 
-def require_same_base(recorded: Base, given: Base) -> None:
+def adapter_base(folder: Path, given: Path | None) -> Base | None:
+    """The base of an adapter's shards: the one that is given, which must be the recorded one; None for a model's.
+
+    Raises UsageError where a base is given for a model."""
+    path = folder / BASE_CONFIG_NAME
+    if not path.exists():
+        if given is not None:
+            hint = "leave it out"
+            raise UsageError(f"{folder}: holds no adapter's shards, --base is for those", hint=hint)
+        return None
+    recorded = read_base(path)
+    if given is None:
+        return recorded
+    base = read_base(given)
+    _require_same(recorded, base)
+    return base
+
+
+def _require_same(recorded: Base, given: Base) -> None:
     """Raises InputError where another base than the recorded one is given."""
     for key in sorted({*recorded.config, *given.config} - {"_name_or_path", "transformers_version"}):
         was, now = recorded.config.get(key), given.config.get(key)

@@ -40,15 +40,17 @@ def assign_adapter(
     shapes: Mapping[str, Shape],
     ranks: int,
     base: Mapping[str, Shape] | None = None,
+    renamed: Mapping[str, str] | None = None,
 ) -> Assigned:
     """The layout and role of every tensor of an adapter, by the base's policy and config. ``base``: the shapes of the
-    base's tensors, where they are known.
+    base's tensors, where they are known; ``renamed``: names on disk by the module's, where they are others.
 
     Raises PolicyError as ``assign`` does, InputError where the adapter is not of this base.
     """
     if not 1 <= ranks <= MAX_RANKS:
         raise UsageError(f"--tp must be from 1 to {MAX_RANKS}, is {ranks}")
-    placed = place_targets(policy, adapter, base)
+    disk = Names(base or (), renamed)
+    placed = place_targets(policy, adapter, base, disk)
     found: dict[str, Assignment] = {}
     for place in placed:
         rule = policy.match(place.name)
@@ -58,7 +60,6 @@ def assign_adapter(
         role = rule.role if rule else Role("replicate", pattern="default")
         for name, axis, own in _tensors(place):
             found[name] = Assignment(carried_over(whole, axis, shapes[name], own), role)
-    disk = Names(base or ())
     replaced = {name: disk.find(base_name) or base_name for base_name, name in adapter.replaced.items()}
     rules = match_all(policy, {base_name: shapes[name] for name, base_name in replaced.items()})
     for name, base_name in replaced.items():
@@ -70,27 +71,25 @@ def assign_adapter(
     return Assigned(found, ())
 
 
-def place_targets(policy: Policy, adapter: Adapter, base: Mapping[str, Shape] | None) -> list[Placed]:
+def place_targets(policy: Policy, adapter: Adapter, base: Mapping[str, Shape] | None, disk: Names) -> list[Placed]:
     """Each target's base layer. Raises PolicyError where one meets no rule, InputError where the sizes differ."""
-    disk = Names(base or ())
     names = {target: disk.find(target.weight) for target in adapter.targets}
     rules = match_all(policy, {names[target] or target.weight: () for target in adapter.targets})
     fan_in_fan_out, placed = adapter.config.fan_in_fan_out, []
     for target in adapter.targets:
         name = names[target]
-        known = base[name] if base is not None and name else None
+        known = base.get(name) if base is not None and name else None
         placed.append(_place(target, name, known, rules[name or target.weight], fan_in_fan_out))
     return placed
 
 
-def missing_in_base(policy: Policy, adapter: Adapter, base: Mapping[str, Shape] | None) -> list[str]:
+def missing_in_base(adapter: Adapter, base: Mapping[str, Shape] | None, disk: Names) -> list[str]:
     """Warnings of targets whose weight the base, where it is known, has under no such name: they were not compared."""
-    placed = place_targets(policy, adapter, base) if base is not None else []
-    return [
-        f"the base has no tensor {printable(place.target.weight)} (tied, or renamed): taken by its name and A and B"
-        for place in placed
-        if not place.known
-    ]
+    missed = [target.weight for target in adapter.targets if disk.find(target.weight) is None]
+    if base is None or not missed:
+        return []
+    shown = ", ".join(map(printable, missed[:3])) + (", ..." if len(missed) > 3 else "")
+    return [f"not in the base under this name (tied, or renamed), so its sizes were not compared: {shown}"]
 
 
 def carried_over(base: Layout, axis: int, shape: Shape, own: int) -> Layout:
@@ -108,10 +107,10 @@ def carried_over(base: Layout, axis: int, shape: Shape, own: int) -> Layout:
 
 class Names:
     """The base's names on disk. PEFT's are the module's: what is loaded from disk may stand one module deeper, or
-    less deep (GPT-2's ``transformer.h.0`` is ``h.0`` on disk)."""
+    less deep (GPT-2's ``transformer.h.0`` is ``h.0`` on disk). ``renamed``: what else the library calls otherwise."""
 
-    def __init__(self, names: Iterable[str]) -> None:
-        self._names = frozenset(names)
+    def __init__(self, names: Iterable[str], renamed: Mapping[str, str] | None = None) -> None:
+        self._names, self._renamed = frozenset(names), renamed or {}
         self._deeper: dict[str, str | None] = {}
         for name in self._names:
             tail = name.partition(".")[2]
@@ -119,6 +118,8 @@ class Names:
 
     def find(self, name: str) -> str | None:
         """The one name on disk, or None."""
+        if name in self._renamed:
+            return self._renamed[name]
         if name in self._names:
             return name
         tail = name.partition(".")[2]

@@ -19,7 +19,7 @@ from tpshard.adapter_folder import (
     read_base,
     recorded_base,
 )
-from tpshard.adapter_layout import assign_adapter, missing_in_base
+from tpshard.adapter_layout import Names, assign_adapter, missing_in_base
 from tpshard.assignment import Assigned, assign
 from tpshard.carrying import carry, written_beside
 from tpshard.checkpoint import Checkpoint, open_full, open_shards
@@ -185,10 +185,10 @@ def _to_shards(checkpoint: Checkpoint, target: Path, tp: int, policy: Policy, op
 def _adapter_to_shards(
     checkpoint: Checkpoint, target: Path, tp: int, policy: Policy, base: Base, options: Options
 ) -> Conversion:
-    adapter = adapter_of(checkpoint)
+    adapter, disk = adapter_of(checkpoint), Names(base.shapes or ())
     assigned = assign_adapter(policy, base.config, adapter, checkpoint.shapes, tp, base.shapes)
     conversion = _as_assigned(checkpoint, target, tp, policy, options, assigned)
-    return replace(conversion, warnings=(*conversion.warnings, *missing_in_base(policy, adapter, base.shapes)))
+    return replace(conversion, warnings=(*conversion.warnings, *missing_in_base(adapter, base.shapes, disk)))
 
 
 def _as_assigned(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 
+from tpshard.adapter_folder import Base, adapter_base, adapter_of, open_adapter
 from tpshard.checkpoint import Checkpoint, open_full
 from tpshard.errors import UsageError
+from tpshard.verify.adapter_layout_check import check_adapter_layout
 from tpshard.verify.files import check_files, default_workers
 from tpshard.verify.layout import check_layout
 from tpshard.verify.report import CheckResult, Report, timed
@@ -20,6 +22,8 @@ def verify(request: Request) -> Report:
         return Report(tuple(timed(_checks(request))))
     if importlib.util.find_spec("torch") is None:
         raise UsageError("several processes meet through torch, which is not installed", hint="pip install torch")
+    if adapter_base(request.folder, request.base) is not None:
+        raise UsageError("adapters are verified in one process", hint="start it without torchrun")
     from tpshard.verify.together import verify_together
 
     return verify_together(request)
@@ -28,7 +32,9 @@ def verify(request: Request) -> Report:
 def _checks(request: Request) -> Iterator[CheckResult]:
     workers = request.workers or default_workers()
     _require_device(request)
-    source = open_full(request.against) if request.against else None
+    base = adapter_base(request.folder, request.base)
+    opened = open_full if base is None else open_adapter
+    source = opened(request.against) if request.against else None
     files, shards = check_files(request.folder, workers, request.progress)
     yield files
     if shards is None:
@@ -38,12 +44,14 @@ def _checks(request: Request) -> Iterator[CheckResult]:
     if request.wants("weights"):
         yield check_weights(shards, source, workers, request.progress)
     if request.wants("layout"):
-        yield check_layout(shards)
+        yield check_layout(shards) if base is None else check_adapter_layout(shards, adapter_of(shards), base.config)
     if request.wants("forward"):
-        yield from _model_checks(shards, source, request)
+        yield from _model_checks(shards, source, base, request)
 
 
-def _model_checks(shards: Checkpoint, source: Checkpoint | None, request: Request) -> Iterator[CheckResult]:
+def _model_checks(
+    shards: Checkpoint, source: Checkpoint | None, base: Base | None, request: Request
+) -> Iterator[CheckResult]:
     """Where torch is not installed or the tensors are not the source's, the reason."""
     if importlib.util.find_spec("torch") is None:
         yield CheckResult("forward", unproven="torch is not installed (pip install 'tpshard[hf]')")
@@ -55,8 +63,13 @@ def _model_checks(shards: Checkpoint, source: Checkpoint | None, request: Reques
     from tpshard.verify.values import StoredWeights
 
     wanted = ModelRequest(request.factory, request.backward, request.isolate, request.device)
-    with StoredWeights(shards, source) as weights:
-        yield from check_model(weights, wanted)
+    if base is not None:
+        from tpshard.verify.adapter_checks import check_adapter_model
+
+        yield from check_adapter_model(shards, source, base, wanted)
+    else:
+        with StoredWeights(shards, source) as weights:
+            yield from check_model(weights, wanted)
     for checkpoint in (shards, source) if source else (shards,):
         checkpoint.check_unchanged()
 
