@@ -6,12 +6,14 @@ without the base, and whoever has that file in his shard folder has an adapter's
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tpshard.adapter import CONFIG_NAME, Adapter, parse_adapter
+from tpshard.adapter_layout import Names
 from tpshard.checkpoint import Checkpoint, open_checkpoint, open_full
 from tpshard.errors import InputError, StorageError, UsageError
 from tpshard.folder import WeightFiles, read_json
@@ -19,16 +21,24 @@ from tpshard.layout import Shape
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 BASE_CONFIG_NAME = "tpshard-base-config.json"
+BASE_NAMES_NAME = "tpshard-base-names.json"  # where the module's names of some targets are not those on disk
+OF_THE_BASE = (BASE_CONFIG_NAME, BASE_NAMES_NAME)
 
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """A base model: its config.json, and its headers where more than that was given. ``place`` is what was given."""
+    """A base model: its config.json, and its headers where more than that was given. ``place`` is what was given;
+    ``renamed``: by the module's names, those on disk where they are others."""
 
     place: Path
     config: Mapping[str, Any]
     config_bytes: bytes
     checkpoint: Checkpoint | None = None
+    renamed: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def names(self) -> Names:
+        return Names(self.shapes or (), self.renamed)
 
     @property
     def shapes(self) -> Mapping[str, Shape] | None:
@@ -65,8 +75,9 @@ def open_adapter(folder: Path) -> Checkpoint:
         raise InputError(f"{folder}: holds no {WEIGHTS_NAME}", hint=hint)
     if not (folder / CONFIG_NAME).exists():
         raise InputError(f"{folder}: holds no {CONFIG_NAME}", hint="it tells rank and alpha: get it from the adapter")
-    if (folder / BASE_CONFIG_NAME).exists():
-        raise InputError(f"{folder}: holds a file called {BASE_CONFIG_NAME}", hint="remove or rename it")
+    for name in OF_THE_BASE:
+        if (folder / name).exists():
+            raise InputError(f"{folder}: holds a file called {name}", hint="remove or rename it")
     return replace(open_full(folder, WeightFiles((WEIGHTS_NAME,), None)), config={})
 
 
@@ -80,9 +91,28 @@ def adapter_of(checkpoint: Checkpoint) -> Adapter:
         raise InputError(f"{where}{error.message}", hint=error.hint) from None
 
 
-def recorded_base(checkpoint: Checkpoint) -> Base:
+def recorded_base(folder: Path) -> Base:
     """The base that the shards of an adapter were cut by, as far as it was carried along."""
-    return read_base(checkpoint.folder / BASE_CONFIG_NAME)
+    base, path = read_base(folder / BASE_CONFIG_NAME), folder / BASE_NAMES_NAME
+    names = read_json(path) if path.exists() else {}
+    if not all(isinstance(name, str) for name in names.values()):
+        raise InputError(f"{path}: holds what is no name")
+    return replace(base, renamed=names)
+
+
+def with_names(base: Base, adapter: Adapter, ask: Callable[[Base], Mapping[str, str]]) -> Base:
+    """The base with the names on disk of those targets that it has under other names, as far as ``ask`` knows."""
+    wanted = [target.weight for target in adapter.targets] + list(adapter.replaced)
+    if base.shapes is None or all(base.names.find(name) for name in wanted):
+        return base
+    known = ask(base)
+    return replace(base, renamed={name: known[name] for name in wanted if name in known})
+
+
+def files_of_base(base: Base) -> dict[str, bytes]:
+    """What is carried along of a base, by its names in a shard folder."""
+    names = json.dumps(dict(sorted(base.renamed.items())), indent=1, ensure_ascii=False) + "\n"
+    return {BASE_CONFIG_NAME: base.config_bytes} | ({BASE_NAMES_NAME: names.encode()} if base.renamed else {})
 
 
 def adapter_base(folder: Path, given: Path | None) -> Base | None:
@@ -95,12 +125,12 @@ def adapter_base(folder: Path, given: Path | None) -> Base | None:
             hint = "leave it out"
             raise UsageError(f"{folder}: holds no adapter's shards, --base is for those", hint=hint)
         return None
-    recorded = read_base(path)
+    recorded = recorded_base(folder)
     if given is None:
         return recorded
     base = read_base(given)
     _require_same(recorded, base)
-    return base
+    return replace(base, renamed=recorded.renamed)
 
 
 def _require_same(recorded: Base, given: Base) -> None:

@@ -39,17 +39,16 @@ def assign_adapter(
     adapter: Adapter,
     shapes: Mapping[str, Shape],
     ranks: int,
-    base: Mapping[str, Shape] | None = None,
-    renamed: Mapping[str, str] | None = None,
+    base: Mapping[str, Shape] | None,
+    disk: Names,
 ) -> Assigned:
     """The layout and role of every tensor of an adapter, by the base's policy and config. ``base``: the shapes of the
-    base's tensors, where they are known; ``renamed``: names on disk by the module's, where they are others.
+    base's tensors, where they are known; ``disk``: their names.
 
     Raises PolicyError as ``assign`` does, InputError where the adapter is not of this base.
     """
     if not 1 <= ranks <= MAX_RANKS:
         raise UsageError(f"--tp must be from 1 to {MAX_RANKS}, is {ranks}")
-    disk = Names(base or (), renamed)
     placed = place_targets(policy, adapter, base, disk)
     found: dict[str, Assignment] = {}
     for place in placed:

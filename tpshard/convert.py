@@ -11,15 +11,17 @@ from functools import partial
 from pathlib import Path
 
 from tpshard.adapter_folder import (
-    BASE_CONFIG_NAME,
+    OF_THE_BASE,
     Base,
     adapter_of,
+    files_of_base,
     is_sharded_adapter,
     open_adapter,
     read_base,
     recorded_base,
+    with_names,
 )
-from tpshard.adapter_layout import Names, assign_adapter, missing_in_base
+from tpshard.adapter_layout import assign_adapter, missing_in_base
 from tpshard.assignment import Assigned, assign
 from tpshard.carrying import carry, written_beside
 from tpshard.checkpoint import Checkpoint, open_full, open_shards
@@ -94,15 +96,23 @@ def plan_split(source: Path, target: Path, tp: int, policy: str = "auto", option
 
 
 def plan_adapter_split(
-    source: Path, target: Path, tp: int, base: Path, policy: str = "auto", options: Options = Options()
+    source: Path,
+    target: Path,
+    tp: int,
+    base: Path,
+    policy: str = "auto",
+    options: Options = Options(),
+    ask_names: Callable[[Base], Mapping[str, str]] = lambda base: {},
 ) -> Conversion:
-    """Plan to cut a LoRA adapter as the policy cuts its base: a checkpoint's folder, or its config.json alone."""
+    """Plan to cut a LoRA adapter as the policy cuts its base: a checkpoint's folder, or its config.json alone.
+    ``ask_names``: who tells the names on disk of what a module calls otherwise."""
     if (source / MANIFEST_NAME).exists():
         raise UsageError(f"{source}: is a shard folder already", hint="tpshard reshard cuts it for other ranks")
     check_target(target, source)
-    checkpoint, model = open_adapter(source), read_base(base)
+    checkpoint = open_adapter(source)
+    model = with_names(read_base(base), adapter_of(checkpoint), ask_names)
     conversion = _adapter_to_shards(checkpoint, target, tp, choose_policy(policy, model.config), model, options)
-    return replace(conversion, beside={BASE_CONFIG_NAME: model.config_bytes})
+    return replace(conversion, beside=files_of_base(model))
 
 
 def plan_reshard(
@@ -112,7 +122,7 @@ def plan_reshard(
     check_target(target, source)
     checkpoint = open_shards(source)
     assert checkpoint.manifest is not None
-    base = recorded_base(checkpoint) if is_sharded_adapter(checkpoint) else None
+    base = recorded_base(source) if is_sharded_adapter(checkpoint) else None
     if policy is None:
         chosen = policy_from_data(checkpoint.manifest.policy_documents, str(source / MANIFEST_NAME))
     else:
@@ -126,7 +136,7 @@ def plan_merge(source: Path, target: Path, options: Options = Options()) -> Conv
     """Plan to rebuild the full checkpoint: in the files it came in, or in parts of ``options.max_shard_size``."""
     check_target(target, source)
     opened = open_shards(source)
-    checkpoint = replace(opened, carried=tuple(name for name in opened.carried if name != BASE_CONFIG_NAME))
+    checkpoint = replace(opened, carried=tuple(name for name in opened.carried if name not in OF_THE_BASE))
     assert checkpoint.manifest is not None
     items = [Item(tensor, Layout.replicated(tensor.shape, 1)) for tensor in checkpoint.tensors.values()]
     if options.max_shard_size is None:
@@ -185,10 +195,10 @@ def _to_shards(checkpoint: Checkpoint, target: Path, tp: int, policy: Policy, op
 def _adapter_to_shards(
     checkpoint: Checkpoint, target: Path, tp: int, policy: Policy, base: Base, options: Options
 ) -> Conversion:
-    adapter, disk = adapter_of(checkpoint), Names(base.shapes or ())
-    assigned = assign_adapter(policy, base.config, adapter, checkpoint.shapes, tp, base.shapes)
+    adapter, shapes = adapter_of(checkpoint), checkpoint.shapes
+    assigned = assign_adapter(policy, base.config, adapter, shapes, tp, base.shapes, base.names)
     conversion = _as_assigned(checkpoint, target, tp, policy, options, assigned)
-    return replace(conversion, warnings=(*conversion.warnings, *missing_in_base(adapter, base.shapes, disk)))
+    return replace(conversion, warnings=(*conversion.warnings, *missing_in_base(adapter, base.shapes, base.names)))
 
 
 def _as_assigned(

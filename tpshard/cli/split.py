@@ -9,6 +9,7 @@ import click
 from tpshard.cli import options
 from tpshard.cli.carry_out import Manner, carry_out
 from tpshard.convert import Options, plan_adapter_split, plan_split
+from tpshard.verify.run import names_on_disk
 
 
 @click.command()
@@ -47,5 +48,5 @@ def split(
     if base is None:
         conversion = plan_split(source, target, tp, policy, chosen)
     else:
-        conversion = plan_adapter_split(source, target, tp, base, policy, chosen)
+        conversion = plan_adapter_split(source, target, tp, base, policy, chosen, names_on_disk)
     carry_out("split", conversion, chosen, Manner(quiet, as_json, strict, dry_run))

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from tpshard.adapter_folder import Base, adapter_of
+from tpshard.adapter_folder import Base, adapter_of, with_names
 from tpshard.adapter_layout import Names, place_targets
 from tpshard.assignment import assign
 from tpshard.checkpoint import Checkpoint
@@ -38,7 +38,7 @@ def check_adapter_model(
         own = stack.enter_context(StoredWeights(shards, source))
         whole = stack.enter_context(StoredWeights(base.checkpoint, None)) if base.checkpoint else None
         try:
-            weights, wrong = _merged(shards, own, base, whole, request)
+            weights, wrong = merged_weights(shards, own, base, whole, request)
         except (InconclusiveError, InputError, PolicyError) as error:
             yield CheckResult("forward", unproven=str(error))
             return
@@ -52,7 +52,7 @@ def check_adapter_model(
         base.checkpoint.check_unchanged()
 
 
-def _merged(
+def merged_weights(
     shards: Checkpoint, own: Weights, base: Base, whole: Weights | None, request: ModelRequest
 ) -> tuple[MergedWeights, tuple[Finding, ...]]:
     """The merged weights, and where they cannot be had of a rank's own."""
@@ -60,14 +60,14 @@ def _merged(
     policy = policy_from_data(shards.manifest.policy_documents, str(shards.folder))
     adapter = adapter_of(shards)
     dtypes, shapes = _tensors_of(base, request)
-    disk = Names(shapes)
-    if base.checkpoint and not request.factory and any(disk.find(t.weight) is None for t in adapter.targets):
-        disk = Names(shapes, disk_names(base))
+    known = base if request.factory else with_names(base, adapter, disk_names)
+    disk = Names(shapes, known.renamed)
     placed = place_targets(policy, adapter, shapes, disk)
     for place in placed:
         if not place.known:
             what = f"the base has no tensor {printable(place.target.weight)}: is it tied to another, or converted?"
-            raise InconclusiveError(what, hint="an adapter of such a layer is not merged here")
+            hint = "an adapter of such a layer is not merged here" if whole else "give the base's folder with --base"
+            raise InconclusiveError(what, hint=hint)
     assigned = assign(policy, base.config, shapes, shards.ranks).tensors
     tensors: Weights = BaseWeights(dtypes, assigned, shards.ranks, base.config, base.place, whole)
     wrong = tuple(Finding(what, tensor=name, rank=rank) for name, rank, what in misfits(tensors, own, placed))

@@ -186,18 +186,23 @@ def own_shape(weights: Weights, name: str, holder: int) -> Shape:
 def misfits(base: Weights, adapter: Weights, placed: Sequence[Placed]) -> Iterator[tuple[str, int, str]]:
     """Where a rank's A or B cannot be multiplied into its region of the base: tensor, rank, and the numbers."""
     for place in placed:
-        target = place.target
-        axes = [(target.a, 1, place.in_axis), (target.b, 0, place.out_axis)]
-        axes += [(name, 0, place.out_axis) for name in (target.bias, target.magnitude) if name and not target.kernel]
+        target, sizes = place.target, adapter.layout(place.target.a).shape
         for rank in range(adapter.ranks):
-            want = own_shape(base, place.name, rank)
-            for name, axis, of_base in axes:
-                own = own_shape(adapter, name, rank)
-                if own[axis] != want[of_base]:
-                    what = (
-                        f"is {list(own)}, the rank's {place.name} is {list(want)}: axis {axis} must be {want[of_base]}"
+            of_base = own_shape(base, place.name, rank)
+            out = of_base[place.out_axis]
+            wanted: list[tuple[str, Shape]] = [
+                (target.a, (sizes[0], of_base[place.in_axis])),
+                (target.b, (out, sizes[0])),
+            ]
+            wanted += [(name, (out,)) for name in (target.bias, target.magnitude) if name and not target.kernel]
+            for name, want in wanted:
+                own = own_shape(adapter, name, rank)[: len(want)]
+                if own != want:
+                    yield (
+                        name,
+                        rank,
+                        f"is {list(own)}, with the rank's {place.name} {list(of_base)} it must be {list(want)}",
                     )
-                    yield name, rank, what
 
 
 def _box(edges: Sequence[tuple[int, int]]) -> Box:

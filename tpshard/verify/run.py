@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from tpshard.adapter_folder import Base, adapter_base, adapter_of, open_adapter
 from tpshard.checkpoint import Checkpoint, open_full
-from tpshard.errors import UsageError
+from tpshard.errors import InconclusiveError, UsageError
 from tpshard.verify.adapter_layout_check import check_adapter_layout
 from tpshard.verify.files import check_files, default_workers
 from tpshard.verify.layout import check_layout
@@ -27,6 +27,18 @@ def verify(request: Request) -> Report:
     from tpshard.verify.together import verify_together
 
     return verify_together(request)
+
+
+def names_on_disk(base: Base) -> Mapping[str, str]:
+    """What transformers, if it is there, knows of a base's names on disk, by those of the module's parameters."""
+    if importlib.util.find_spec("torch") is None:
+        return {}
+    from tpshard.verify.disk_names import disk_names
+
+    try:
+        return disk_names(base)
+    except InconclusiveError:
+        return {}
 
 
 def _checks(request: Request) -> Iterator[CheckResult]:
