@@ -70,7 +70,8 @@ CASES = [
 
 def make(case: Case, folder: Path, *, zero_b: bool = False) -> None:
     """``folder/base``, ``folder/adapter`` and ``folder/merged``: what PEFT itself makes of the two, in float64."""
-    tiny_models.save_model(case.model, folder / "base", **case.sizes)
+    layers = "n_layer" if case.model == "gpt2" else "num_hidden_layers"
+    tiny_models.save_model(case.model, folder / "base", **{layers: 2}, **case.sizes)
     config = transformers.AutoConfig.from_pretrained(folder / "base")
     model = getattr(transformers, tiny_models.word_head(config)).from_pretrained(folder / "base", dtype=torch.float64)
     with warnings.catch_warnings():
@@ -87,3 +88,19 @@ def make(case: Case, folder: Path, *, zero_b: bool = False) -> None:
                         parameter.zero_()
         adapted.save_pretrained(folder / "adapter")
         adapted.merge_and_unload().save_pretrained(folder / "merged")
+
+
+def make_vit(folder: Path) -> None:
+    """Of a model whose tensors are called otherwise on disk."""
+    sizes = {"hidden_size": 66, "num_attention_heads": 6, "intermediate_size": 52, "image_size": 12, "patch_size": 4}
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(num_hidden_layers=2, num_labels=5, **sizes))
+    model.save_pretrained(folder / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        targets = ["q_proj", "o_proj", "fc1", "fc2", "projection"]  # the last is a convolution
+        config = peft.LoraConfig(target_modules=targets, r=3, modules_to_save=["classifier"])
+        adapted = peft.get_peft_model(model, config)
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter)
+        adapted.save_pretrained(folder / "adapter")

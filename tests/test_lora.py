@@ -157,18 +157,7 @@ def test_a_fresh_adapter_hides_nothing(tmp_path: Path) -> None:
 
 def test_names_that_are_others_on_disk(tmp_path: Path) -> None:
     """ViT's are changed when it is loaded, and PEFT's are those of the module; the policy has those on disk."""
-    import peft
-    import transformers
-
-    sizes = {"hidden_size": 66, "num_attention_heads": 6, "intermediate_size": 52, "image_size": 12, "patch_size": 4}
-    model = transformers.ViTForImageClassification(transformers.ViTConfig(num_hidden_layers=2, num_labels=5, **sizes))
-    model.save_pretrained(tmp_path / "base")
-    targets = ["q_proj", "o_proj", "fc1", "fc2", "projection"]
-    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, r=3, modules_to_save=["classifier"]))
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter)
-    adapted.save_pretrained(tmp_path / "adapter")
+    adapters.make_vit(tmp_path)
     (tmp_path / "vit.yaml").write_text(VIT)
     words = ["split", *(str(tmp_path / part) for part in ("adapter", "shards")), "--tp", "2", "--policy"]
     words += [str(tmp_path / "vit.yaml"), "--base"]

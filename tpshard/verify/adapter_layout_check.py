@@ -13,6 +13,7 @@ from typing import Any
 from tpshard.adapter import Adapter, Target
 from tpshard.checkpoint import Checkpoint, Stored
 from tpshard.layout import Layout, Shard
+from tpshard.verify.families import FAMILIES, Slot, slot_of
 from tpshard.verify.layout import check_layout
 from tpshard.verify.report import CheckResult, Finding
 
@@ -26,9 +27,16 @@ def check_adapter_layout(shards: Checkpoint, adapter: Adapter, config: Mapping[s
     for name, own in adapter.replaced.items():
         seen.setdefault(name, replace(shards.tensors[own], name=name))
     result = check_layout(replace(shards, tensors=seen, config=config), complete=False)
-    told = {target.weight: target for target in adapter.targets}
-    findings = tuple(_of_adapter(finding, told, shards.tensors) for finding in result.findings)
-    return replace(result, findings=findings)
+    if result.unproven:
+        return result
+    family = FAMILIES.get(str(config.get("model_type", "")), {})
+    told = {
+        target.weight: _at_fault(target, slot_of(family, target.weight), shards.tensors) for target in adapter.targets
+    }
+    findings = [replace(finding, tensor=told.get(finding.tensor or "", finding.tensor)) for finding in result.findings]
+    for target in adapter.targets:
+        findings += _rank_findings(target, shards.tensors)
+    return replace(result, findings=tuple(findings))
 
 
 def _views(target: Target, tensors: Mapping[str, Stored], fan_in_fan_out: bool) -> Iterator[tuple[str, Layout]]:
@@ -55,10 +63,14 @@ def _product(a: Layout, b: Layout, turned: bool) -> Layout:
     return Layout(axes(b.shape, a.shape), tuple(map(product, a.shards, b.shards)))
 
 
-def _of_adapter(finding: Finding, told: Mapping[str, Target], tensors: Mapping[str, Stored]) -> Finding:
-    """A finding about a weight, as one about the part of it that is cut; about B where neither is."""
-    target = told.get(finding.tensor or "")
-    if target is None:
-        return finding
-    a_alone = tensors[target.a].layout.cut_axes and not tensors[target.b].layout.cut_axes
-    return replace(finding, tensor=target.a if a_alone else target.b)
+def _at_fault(target: Target, slot: Slot | None, tensors: Mapping[str, Stored]) -> str:
+    """Of a weight that is dealt wrongly, the part that is: the one that must be whole and is not, else the other."""
+    cut, whole = (target.a, target.b) if slot is not None and slot.consumer else (target.b, target.a)
+    return whole if tensors[whole].layout.cut_axes else cut
+
+
+def _rank_findings(target: Target, tensors: Mapping[str, Stored]) -> Iterator[Finding]:
+    """The axis that A and B share belongs to neither side of the layer."""
+    for name, axis in ((target.a, 0), (target.b, 1)):
+        if axis in tensors[name].layout.cut_axes:
+            yield Finding(f"is cut along axis {axis}, the adapter's rank, which must be whole", tensor=name)
