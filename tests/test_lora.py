@@ -323,7 +323,7 @@ def test_an_adapter_without_its_base(
     words = ["split", str(made(adapters.LLAMA) / "adapter"), str(tmp_path / "shards"), "--tp", "2"]
     assert _run(words) == 3
     assert (
-        "holds an adapter (adapter_config.json), not a model (name its base model with --base)"
+        "holds an adapter (adapter_config.json), not a model (tpshard split takes it with --base MODEL)"
         in capsys.readouterr().err
     )
 
@@ -339,3 +339,44 @@ def test_a_plan_is_made_without_reading(made: Callable[[Case], Path], tmp_path: 
     run(conversion)
     assert plan_reshard(tmp_path / "shards", tmp_path / "one", 1).plan.ranks == 1
     assert np.prod(conversion.plan.items[0].stored.shape) > 0
+
+
+# ---------------------------------------------------------------------------------------------- not proven
+
+
+def test_an_adapter_of_a_tied_head_is_cut_but_not_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """GPT-2's head is its embedding, and PEFT adapts the head alone."""
+    adapters.make(Case("gpt2", 2, ["lm_head", "c_attn"], {"fan_in_fan_out": True}), tmp_path)
+    words = [
+        "split",
+        str(tmp_path / "adapter"),
+        str(tmp_path / "shards"),
+        "--tp",
+        "2",
+        "--base",
+        str(tmp_path / "base"),
+    ]
+    assert _run(words) == 0
+    assert "not in the base under this name" in capsys.readouterr().err
+    forward = verify(tmp_path / "shards", tmp_path).checks[3]
+    assert "the base has no tensor lm_head.weight" in str(forward.unproven)
+
+
+def test_a_base_in_shards_will_do(made: Callable[[Case], Path], tmp_path: Path) -> None:
+    at = made(adapters.PHI3)
+    api.split(at / "base", tmp_path / "base", tp=2)
+    api.split(at / "adapter", tmp_path / "shards", tp=2, base=tmp_path / "base")
+    report = api.verify(tmp_path / "shards", base=tmp_path / "base", level="forward")
+    assert report.verdict is Verdict.PASS
+    assert "with the adapter merged into the base's own weights" in report.checks[3].notes
+
+
+def test_several_processes_are_refused(made: Callable[[Case], Path], tmp_path: Path) -> None:
+    from tpshard.errors import UsageError
+    from tpshard.launch import Launch
+    from tpshard.verify.request import Request
+    from tpshard.verify.run import verify as run_checks
+
+    api.split(made(adapters.LLAMA) / "adapter", tmp_path / "shards", tp=2, base=made(adapters.LLAMA) / "base")
+    with pytest.raises(UsageError, match="adapters are verified in one process"):
+        run_checks(Request(tmp_path / "shards", launch=Launch(0, 2, 0, "127.0.0.1", 1)))
