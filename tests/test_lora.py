@@ -203,6 +203,8 @@ FAULTS: dict[str, tuple[Case, str, Callable[[Layout], Layout], set[str], str]] =
     "B's rows of two ranks exchanged": (adapters.LLAMA, "1.self_attn.q_proj.lora_B", reverse, {"layout", "forward"}, "layers.1.self_attn.q_proj.lora_B"),
     "A's columns of two ranks exchanged": (adapters.LLAMA, "1.mlp.down_proj.lora_A", reverse, {"layout", "forward"}, "layers.1.mlp.down_proj.lora_A"),
     "A of a row layer cut along the rank": (adapters.LLAMA, "o_proj.lora_A", along(0, [0, 3, 5]), {"layout", "forward"}, "o_proj.lora_A"),
+    "A of a column layer cut along the rank": (adapters.LLAMA, "q_proj.lora_A", along(0, [0, 3, 5]), {"layout", "forward"}, "q_proj.lora_A.weight: is cut along axis 0, the adapter's rank"),
+    "A of a column layer cut": (adapters.LLAMA, "up_proj.lora_A", along(1, [0, 24, 48]), {"layout", "forward"}, "up_proj.lora_A"),
     "A of a row layer left whole": (adapters.GPT2, "mlp.c_proj.lora_A", lambda layout: Layout.replicated(layout.shape, layout.ranks), {"layout", "forward"}, "mlp.c_proj.lora_A"),
     "B cut inside the heads": (adapters.LLAMA, "v_proj.lora_B", along(0, [0, 7, 20]), {"layout", "forward"}, "v_proj.lora_B"),
 }  # fmt: skip
