@@ -13,40 +13,21 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "tpshard"
 
 # From the ground up: a module imports from floors below it, or from those before it on its own floor.
+FAMILIES = tuple(f"verify.families.{path.stem}" for path in sorted((PACKAGE / "verify/families").glob("[a-z]*.py")))
 FLOORS: list[tuple[str, ...]] = [
     ("__init__", "errors"),
-    ("layout", "expressions", "patterns", "document", "digest", "roles", "launch"),
-    ("header", "partition", "folder", "manifest", "manifest_parsing", "adapter"),
-    (
-        "policy",
-        "policy_parsing",
-        "library",
-        "policy_schema",
-        "assignment",
-        "checkpoint",
-        "adapter_layout",
-        "adapter_folder",
-    ),
-    ("policy_check", "quantised", "plan", "slabs"),
+    ("layout", "expressions", "patterns", "document", "digest", "roles", "launch", "mesh"),
+    ("stages", "header", "partition", "folder", "manifest", "manifest_parsing", "adapter"),
+    ("policy", "policy_parsing", "library", "policy_schema", "assignment", "checkpoint", "adapter_layout"),
+    ("adapter_folder",),
+    ("grid", "policy_check", "quantised", "plan", "slabs"),
     ("staging", "sources", "outputs", "execute", "carrying", "convert", "summary", "demo"),
-    (
-        "verify.report",
-        "verify.families",
-        "verify.axes",
-        "verify.differences",
-        "verify.ties",
-        "verify.layout",
-        "verify.adapter_layout_check",
-    ),
-    ("verify.files", "verify.weights", "verify.request"),
-    (
-        "verify.values",
-        "verify.blocks",
-        "verify.block_tensor",
-        "verify.block_operations",
-        "verify.generic",
-        "verify.adapter_weights",
-    ),
+    ("verify.report", "verify.slots", *FAMILIES, "verify.families.__init__"),
+    ("verify.axes", "verify.differences", "verify.ties", "verify.layout", "verify.grid_layout"),
+    ("verify.adapter_layout_check",),
+    ("verify.folding", "verify.files", "verify.weights", "verify.request"),
+    ("verify.values", "verify.blocks", "verify.block_tensor", "verify.block_operations", "verify.generic"),
+    ("verify.adapter_weights",),
     ("verify.inputs", "verify.models", "verify.factory_model", "verify.placement", "verify.gradients"),
     (
         "verify.lockstep",
@@ -59,15 +40,8 @@ FLOORS: list[tuple[str, ...]] = [
     ),
     ("verify.preparation", "verify.native", "verify.loss", "verify.forward"),
     ("verify.canaries", "verify.sensitivity", "verify.layers"),
-    (
-        "verify.model_checks",
-        "verify.disk_names",
-        "verify.adapter_checks",
-        "verify.processes",
-        "verify.together",
-        "verify.run",
-        "verify.__init__",
-    ),
+    ("verify.model_checks", "verify.disk_names", "verify.adapter_checks"),
+    ("verify.processes", "verify.together", "verify.run", "verify.__init__"),
     ("api",),
     ("cli.__init__", "cli.options", "cli.render", "cli.carry_out"),
     ("cli.report_text", "cli.junit", "cli.markdown", "cli.report_files"),
@@ -76,8 +50,10 @@ FLOORS: list[tuple[str, ...]] = [
 ]
 ORDER = {module: place for place, module in enumerate(module for floor in FLOORS for module in floor)}
 WITH_TORCH = {name for name in ORDER if name.startswith("verify.")} - {
-    "verify.report", "verify.families", "verify.axes", "verify.differences", "verify.ties", "verify.layout",
-    "verify.adapter_layout_check", "verify.files", "verify.weights", "verify.request", "verify.run", "verify.__init__",
+    "verify.report", "verify.slots", *FAMILIES, "verify.families.__init__",
+    "verify.axes", "verify.differences", "verify.ties", "verify.layout", "verify.grid_layout",
+    "verify.folding", "verify.adapter_layout_check",
+    "verify.files", "verify.weights", "verify.request", "verify.run", "verify.__init__",
 }  # fmt: skip
 
 

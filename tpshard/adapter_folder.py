@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from tpshard.adapter import CONFIG_NAME, Adapter, parse_adapter
-from tpshard.adapter_layout import Names
+from tpshard.adapter_layout import Names, assign_adapter, missing_in_base
+from tpshard.assignment import Assigned
 from tpshard.checkpoint import Checkpoint, open_checkpoint, open_full
 from tpshard.errors import InputError, StorageError, UsageError
 from tpshard.folder import WeightFiles, read_json
 from tpshard.layout import Shape
+from tpshard.mesh import Grid
+from tpshard.policy import Policy
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 BASE_CONFIG_NAME = "tpshard-base-config.json"
@@ -47,9 +50,14 @@ class Base:
             return None
         return self.checkpoint.shapes
 
+    @property
+    def files(self) -> dict[str, bytes]:
+        """What is carried along of it, by the names in a shard folder."""
+        names = json.dumps(dict(sorted(self.renamed.items())), indent=1, ensure_ascii=False) + "\n"
+        return {BASE_CONFIG_NAME: self.config_bytes} | ({BASE_NAMES_NAME: names.encode()} if self.renamed else {})
 
-def is_sharded_adapter(checkpoint: Checkpoint) -> bool:
-    return BASE_CONFIG_NAME in checkpoint.carried
+
+AskNames = Callable[[Base], Mapping[str, str]]
 
 
 def read_base(place: Path) -> Base:
@@ -91,8 +99,12 @@ def adapter_of(checkpoint: Checkpoint) -> Adapter:
         raise InputError(f"{where}{error.message}", hint=error.hint) from None
 
 
-def recorded_base(folder: Path) -> Base:
-    """The base that the shards of an adapter were cut by, as far as it was carried along."""
+def recorded_base(shards: Checkpoint) -> Base | None:
+    """The base that the shards of an adapter were cut by, as far as it was carried along; None for a model's."""
+    return _recorded(shards.folder) if BASE_CONFIG_NAME in shards.carried else None
+
+
+def _recorded(folder: Path) -> Base:
     base, path = read_base(folder / BASE_CONFIG_NAME), folder / BASE_NAMES_NAME
     names = read_json(path) if path.exists() else {}
     if not all(isinstance(name, str) for name in names.values()):
@@ -100,19 +112,29 @@ def recorded_base(folder: Path) -> Base:
     return replace(base, renamed=names)
 
 
-def with_names(base: Base, adapter: Adapter, ask: Callable[[Base], Mapping[str, str]]) -> Base:
+def open_with_base(folder: Path, base: Path, ask_names: AskNames) -> tuple[Checkpoint, Base]:
+    """An adapter's folder and its base."""
+    checkpoint = open_adapter(folder)
+    return checkpoint, with_names(read_base(base), adapter_of(checkpoint), ask_names)
+
+
+def assign_by_base(policy: Policy, base: Base, checkpoint: Checkpoint, grid: Grid) -> tuple[Assigned, list[str]]:
+    """The layouts of an adapter's tensors, and warnings. Raises UsageError where more than tensor parallelism is asked
+    for."""
+    if grid.mesh.is_grid or grid.whole_experts:
+        raise UsageError("an adapter is cut for tensor parallelism alone", hint="use --tp without --ep and --pp")
+    adapter, disk = adapter_of(checkpoint), base.names
+    assigned = assign_adapter(policy, base.config, adapter, checkpoint.shapes, grid.mesh.tp, base.shapes, disk)
+    return assigned, missing_in_base(adapter, base.shapes, disk)
+
+
+def with_names(base: Base, adapter: Adapter, ask: AskNames) -> Base:
     """The base with the names on disk of those targets that it has under other names, as far as ``ask`` knows."""
     wanted = [target.weight for target in adapter.targets] + list(adapter.replaced)
     if base.shapes is None or all(base.names.find(name) for name in wanted):
         return base
     known = ask(base)
     return replace(base, renamed={name: known[name] for name in wanted if name in known})
-
-
-def files_of_base(base: Base) -> dict[str, bytes]:
-    """What is carried along of a base, by its names in a shard folder."""
-    names = json.dumps(dict(sorted(base.renamed.items())), indent=1, ensure_ascii=False) + "\n"
-    return {BASE_CONFIG_NAME: base.config_bytes} | ({BASE_NAMES_NAME: names.encode()} if base.renamed else {})
 
 
 def adapter_base(folder: Path, given: Path | None) -> Base | None:
@@ -125,7 +147,7 @@ def adapter_base(folder: Path, given: Path | None) -> Base | None:
             hint = "leave it out"
             raise UsageError(f"{folder}: holds no adapter's shards, --base is for those", hint=hint)
         return None
-    recorded = recorded_base(folder)
+    recorded = _recorded(folder)
     if given is None:
         return recorded
     base = read_base(given)

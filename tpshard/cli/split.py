@@ -9,13 +9,14 @@ import click
 from tpshard.cli import options
 from tpshard.cli.carry_out import Manner, carry_out
 from tpshard.convert import Options, plan_adapter_split, plan_split
+from tpshard.mesh import Grid
 from tpshard.verify.run import names_on_disk
 
 
 @click.command()
 @click.argument("source", metavar="SRC", type=options.FOLDER)
 @click.argument("target", metavar="DST", type=options.FOLDER)
-@options.tp
+@options.grid
 @click.option("--policy", default="auto", show_default=True, metavar="P", help="auto, a built-in name, or a YAML file.")
 @options.base
 @options.apply(options.max_shard_size, options.digest, options.workers, options.strict, options.dry_run)
@@ -23,7 +24,7 @@ from tpshard.verify.run import names_on_disk
 def split(
     source: Path,
     target: Path,
-    tp: int,
+    grid: Grid,
     policy: str,
     base: Path | None,
     max_shard_size: int | None,
@@ -46,7 +47,7 @@ def split(
     """
     chosen = Options(max_shard_size=max_shard_size, digest=digest, workers=workers or 0)
     if base is None:
-        conversion = plan_split(source, target, tp, policy, chosen)
+        conversion = plan_split(source, target, grid, policy, chosen)
     else:
-        conversion = plan_adapter_split(source, target, tp, base, policy, chosen, names_on_disk)
+        conversion = plan_adapter_split(source, target, grid, base, policy, chosen, names_on_disk)
     carry_out("split", conversion, chosen, Manner(quiet, as_json, strict, dry_run))

@@ -13,9 +13,10 @@ from typing import Any
 from tpshard.adapter import Adapter, Target
 from tpshard.checkpoint import Checkpoint, Stored
 from tpshard.layout import Layout, Shard
-from tpshard.verify.families import FAMILIES, Slot, slot_of
+from tpshard.verify.families import FAMILIES
 from tpshard.verify.layout import check_layout
 from tpshard.verify.report import CheckResult, Finding
+from tpshard.verify.slots import Slot, slot_of
 
 
 def check_adapter_layout(shards: Checkpoint, adapter: Adapter, config: Mapping[str, Any]) -> CheckResult:

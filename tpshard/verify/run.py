@@ -10,7 +10,8 @@ from tpshard.checkpoint import Checkpoint, open_full
 from tpshard.errors import InconclusiveError, UsageError
 from tpshard.verify.adapter_layout_check import check_adapter_layout
 from tpshard.verify.files import check_files, default_workers
-from tpshard.verify.layout import check_layout
+from tpshard.verify.folding import fold
+from tpshard.verify.grid_layout import check_layout_of_grid
 from tpshard.verify.report import CheckResult, Report, timed
 from tpshard.verify.request import Request
 from tpshard.verify.weights import check_weights, same_tensors
@@ -56,7 +57,10 @@ def _checks(request: Request) -> Iterator[CheckResult]:
     if request.wants("weights"):
         yield check_weights(shards, source, workers, request.progress)
     if request.wants("layout"):
-        yield check_layout(shards) if base is None else check_adapter_layout(shards, adapter_of(shards), base.config)
+        if base is None:
+            yield check_layout_of_grid(shards)
+        else:
+            yield check_adapter_layout(shards, adapter_of(shards), base.config)
     if request.wants("forward"):
         yield from _model_checks(shards, source, base, request)
 
@@ -80,7 +84,7 @@ def _model_checks(
 
         yield from check_adapter_model(shards, source, base, wanted)
     else:
-        with StoredWeights(shards, source) as weights:
+        with StoredWeights(fold(shards), source) as weights:
             yield from check_model(weights, wanted)
     for checkpoint in (shards, source) if source else (shards,):
         checkpoint.check_unchanged()

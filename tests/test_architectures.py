@@ -1,0 +1,40 @@
+"""Every built-in policy on every architecture that it is for: cut, verified forward and backward, merged bit for bit.
+
+The last of each architecture's rank counts runs always, the others behind the marker ``sweep``; the table in
+docs/architectures.md has them all.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.architectures import Architecture, architectures
+from tests.proof import prove, save
+from tpshard.library import builtin_policies
+
+ALL = architectures()
+EVERY_SIZE = [
+    pytest.param(found, tp, id=f"{found.name}-{tp}", marks=() if tp == found.tp[-1] else pytest.mark.sweep)
+    for found in ALL
+    for tp in found.tp
+]
+
+
+def test_each_model_type_of_a_policy_is_here() -> None:
+    accepted = {
+        (str(kind), name) for name, policy in builtin_policies().items() for kind in policy.applies_to["model_type"]
+    }
+    assert {(found.model_type, found.policy) for found in ALL} == accepted
+
+
+def test_names_are_unique() -> None:
+    assert len({found.name for found in ALL}) == len(ALL)
+
+
+@pytest.mark.parametrize(("architecture", "tp"), EVERY_SIZE)
+def test_split_verify_merge(architecture: Architecture, tp: int, tmp_path: Path) -> None:
+    """By the policy that auto picks: every check passes that knows the architecture, and every byte comes back."""
+    save(architecture, tmp_path / "source")
+    prove(architecture, tmp_path / "source", tmp_path, tp)
