@@ -11,8 +11,9 @@ from typing import Any
 import peft
 import torch
 import transformers
+from safetensors.torch import save_file
 
-from tests import tiny_models
+from tests import a_model, tiny_models
 
 RANK, ALPHA = 5, 7
 ATTENTION, FEED_FORWARD = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
@@ -102,5 +103,21 @@ def make_vit(folder: Path) -> None:
         adapted = peft.get_peft_model(model, config)
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
+                torch.nn.init.normal_(parameter)
+        adapted.save_pretrained(folder / "adapter")
+
+
+def make_any(folder: Path) -> None:
+    """Of a module that transformers does not know, without a config."""
+    torch.manual_seed(0)
+    model = a_model.NetThatUsesAll()
+    (folder / "base").mkdir()
+    save_file(model.state_dict(), folder / "base" / "model.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = peft.LoraConfig(target_modules=["words", "up", "down", "head"], r=3, bias="all")
+        adapted = peft.get_peft_model(model, config)  # type: ignore[arg-type]
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
                 torch.nn.init.normal_(parameter)
         adapted.save_pretrained(folder / "adapter")

@@ -184,6 +184,22 @@ rules:
 """
 
 
+def test_an_adapter_of_any_module(tmp_path: Path) -> None:
+    """Without transformers and config.json: a policy file, and a function that makes the module."""
+    adapters.make_any(tmp_path)
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(
+        "name: net\nrules:\n  words: {rule: row, dims: io}\n  up: column\n  down: row\n"
+        "  head: {rule: column, gather: true}\n  unused: {rule: column, gather: true}\n  norm: replicate\n"
+    )
+    api.split(tmp_path / "adapter", tmp_path / "shards", tp=2, base=tmp_path / "base", policy=str(policy))
+    found = {check.name: check for check in verify(tmp_path / "shards", tmp_path, model="tests.a_model:build").checks}
+    assert {name for name, check in found.items() if check.verdict is not Verdict.PASS} == {"layout"}  # no family
+    assert found["self-test"].covered["planted faults"] > 0
+    api.merge(tmp_path / "shards", tmp_path / "again")
+    assert tree(tmp_path / "again") == tree(tmp_path / "adapter")
+
+
 # ---------------------------------------------------------------------------------------------- wrong
 
 
@@ -275,7 +291,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], int, str]] = {
     "alpha NaN": (lambda at: change_config(at, lora_alpha=math.nan), 3, "NaN"),
     "a pattern that is none": (lambda at: change_config(at, rank_pattern={"(": 3}), 3, "rank_pattern: '(' is no regular expression"),
     "DoRA without magnitudes": (lambda at: change_config(at, use_dora=True), 3, "has no lora_magnitude_vector, use_dora is True"),
-    "no config of the base": (lambda at: (at / "base/config.json").unlink(), 3, "config.json: is not there"),
+    "no config of the base": (lambda at: (at / "base/config.json").unlink(), 2, "there is no config.json to pick a policy by"),
+    "no base": (lambda at: shutil.rmtree(at / "base"), 3, "base: is not there"),
     "a file in the way": (lambda at: (at / "adapter/tpshard-base-config.json").write_text("{}"), 3, "holds a file called tpshard-base-config.json"),
     "nothing for a target": (lambda at: (at / "base/config.json").write_text('{"model_type": "gpt2", "n_head": 6}'), 2, "has no rule for"),
 }  # fmt: skip
@@ -296,6 +313,16 @@ def test_what_is_refused(
     assert said in err
     assert err.count("\n") == 1
     assert not (tmp_path / "shards").exists()
+
+
+@pytest.mark.parametrize("more", [["--ep", "2"], ["--pp", "2"]])
+def test_a_grid_is_refused(
+    more: list[str], made: Callable[[Case], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at = made(adapters.LLAMA)
+    words = ["split", str(at / "adapter"), str(tmp_path / "shards"), "--tp", "2", "--base", str(at / "base"), *more]
+    assert _run(words) == 2
+    assert "an adapter is cut for tensor parallelism alone" in capsys.readouterr().err
 
 
 def test_a_base_for_a_model(made: Callable[[Case], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,8 +61,11 @@ AskNames = Callable[[Base], Mapping[str, str]]
 
 
 def read_base(place: Path) -> Base:
-    """A base model by its folder (a checkpoint or shards), or by its config.json alone. Raises InputError."""
+    """A base model by its folder (a checkpoint or shards), or by its config.json alone; a folder may have none. Raises
+    InputError."""
     path = place / "config.json" if place.is_dir() else place
+    if place.is_dir() and not path.exists():
+        return Base(place, {}, b"{}\n", open_checkpoint(place))
     config = read_json(path)
     try:
         content = path.read_bytes()
