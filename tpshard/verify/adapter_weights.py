@@ -198,11 +198,8 @@ def misfits(base: Weights, adapter: Weights, placed: Sequence[Placed]) -> Iterat
             for name, want in wanted:
                 own = own_shape(adapter, name, rank)[: len(want)]
                 if own != want:
-                    yield (
-                        name,
-                        rank,
-                        f"is {list(own)}, with the rank's {place.name} {list(of_base)} it must be {list(want)}",
-                    )
+                    there = f"the rank's {place.name} {list(of_base)}"
+                    yield name, rank, f"is {list(own)}, with {there} it must be {list(want)}"
 
 
 def _box(edges: Sequence[tuple[int, int]]) -> Box:
