@@ -12,7 +12,7 @@ from tpshard.cli import options, render
 from tpshard.errors import UsageError, printable
 from tpshard.header import byte_count
 from tpshard.layout import Layout, Shard
-from tpshard.manifest import layout_as_data
+from tpshard.manifest import Manifest, layout_as_data
 from tpshard.patterns import PatternError, parse_patterns
 from tpshard.policy_check import in_runs
 
@@ -65,8 +65,14 @@ def _as_text(checkpoint: Checkpoint, tensors: list[Stored]) -> str:
     ]
     total = render.size(sum(byte_count(t.dtype, t.shape) for t in tensors))
     policy = f", policy {checkpoint.manifest.policy}" if checkpoint.manifest else ""
-    kind = f"{checkpoint.ranks} ranks{policy}" if checkpoint.manifest else "full checkpoint"
+    kind = f"{_ranks(checkpoint.manifest)}{policy}" if checkpoint.manifest else "full checkpoint"
     return f"{render.table([head, *rows], right=frozenset({3}))}\n\n{len(tensors)} tensors, {total}; {kind}"
+
+
+def _ranks(manifest: Manifest) -> str:
+    mesh = manifest.mesh
+    grid = f" ({mesh.pp} stages of {mesh.ep} groups of {mesh.tp})" if mesh.is_grid else ""
+    return f"{mesh.ranks} ranks{grid}"
 
 
 def _held(tensor: Stored) -> str:
@@ -93,6 +99,7 @@ def _as_json(checkpoint: Checkpoint, tensors: list[Stored]) -> dict[str, Any]:
         "command": "inspect",
         "path": str(checkpoint.folder),
         "ranks": checkpoint.ranks,
+        "mesh": manifest.mesh.as_data() if manifest else None,
         "policy": manifest.policy if manifest else None,
         "files": [{"name": file.name, "size": file.size} for file in checkpoint.files],
         "tensors": [

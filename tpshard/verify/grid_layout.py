@@ -33,7 +33,7 @@ def check_layout_of_grid(shards: Checkpoint) -> CheckResult:
     mesh = shards.manifest.mesh
     if not mesh.is_grid and all(all(tensor.layout.shards) for tensor in shards.tensors.values()):
         return check_layout(shards)
-    found = _Grid(shards, mesh)
+    found = _Grid(shards, mesh, _experts_in(shards))
     findings = [*found.experts(), *found.groups(), *found.stages()]
     if findings:
         return CheckResult("layout", tuple(findings), {"tensors": len(shards.tensors), "ranks": shards.ranks})
@@ -45,8 +45,11 @@ def check_layout_of_grid(shards: Checkpoint) -> CheckResult:
 
 @dataclass(frozen=True, slots=True)
 class _Grid:
+    """``count``: of experts, None where there are none."""
+
     shards: Checkpoint
     mesh: Mesh
+    count: int | None
 
     @property
     def tensors(self) -> Mapping[str, Stored]:
@@ -57,7 +60,7 @@ class _Grid:
     def experts(self) -> Iterator[Finding]:
         """Each expert on one group's ranks, in ascending runs; of stacked experts each group's run of their axis."""
         for tensor in self.tensors.values():
-            number, count = _expert(tensor.name), self._count()
+            number, count = _expert(tensor.name), self.count
             if number is None or count is None:
                 continue
             here = sorted({rank % (self.mesh.ep * self.mesh.tp) for rank in _holders(tensor)})
@@ -65,11 +68,6 @@ class _Grid:
             if here not in wanted:
                 says = f"expert {number} of {count} is on ranks {_runs(here)} of its stage"
                 yield Finding(f"{says}, belongs on {_runs(wanted[0])}", tensor=tensor.name)
-
-    def _count(self) -> int | None:
-        found = [self.shards.config.get(key) for key in _COUNTS]
-        numbers = [n for name in self.tensors if (n := _expert(name)) is not None]
-        return next((n for n in found if isinstance(n, int) and n > 0), max(numbers) + 1 if numbers else None)
 
     def _ways(self) -> list[int]:
         """Into how many groups experts may have been dealt: all ranks of a group have them, or each has its own."""
@@ -109,7 +107,7 @@ class _Grid:
     def _stacked(self, tensor: Stored, groups: list[tuple[Shard | None, ...]]) -> list[Span] | None:
         """The runs of axis 0 where it counts experts and groups, or all ranks, have one run each and differ in nothing
         else; else None."""
-        if len(tensor.shape) < 2 or tensor.shape[0] != self._count():
+        if len(tensor.shape) < 2 or tensor.shape[0] != self.count:
             return None
         for pieces in (groups, [(shard,) for group in groups for shard in group]):
             runs = [{shard.spans[0] if shard else () for shard in piece} for piece in pieces]
@@ -170,6 +168,13 @@ class _Grid:
         elif not all(group):
             group = tuple(next(filter(None, group)) for _ in group)  # whole experts
         return replace(tensor, layout=Layout(tensor.shape, group), places=tensor.places[: self.mesh.tp])
+
+
+def _experts_in(shards: Checkpoint) -> int | None:
+    """How many experts there are by config.json, or else by the names."""
+    found = [shards.config.get(key) for key in _COUNTS]
+    numbers = [n for name in shards.tensors if (n := _expert(name)) is not None]
+    return next((n for n in found if isinstance(n, int) and n > 0), max(numbers) + 1 if numbers else None)
 
 
 def _expert(name: str) -> int | None:
