@@ -254,6 +254,19 @@ def test_bytes_of_two_ranks_exchanged(made: Callable[[Case], Path], tmp_path: Pa
     assert "layers.0.mlp" in found["forward"]
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "tpshard-base-config.json"])
+@pytest.mark.parametrize("text", [None, "{", '{"peft_type": "IA3"}'])
+def test_damaged_configs_are_findings(
+    name: str, text: str | None, made: Callable[[Case], Path], tmp_path: Path
+) -> None:
+    api.split(made(adapters.LLAMA) / "adapter", tmp_path / "shards", tp=2, base=made(adapters.LLAMA) / "base")
+    path = tmp_path / "shards" / name
+    path.unlink() if text is None else path.write_text(text)
+    report = api.verify(tmp_path / "shards", level="layout")
+    assert name in failing(report)["files"]
+    assert report.checks[-1].verdict is not Verdict.PASS
+
+
 def test_another_alpha(made: Callable[[Case], Path], tmp_path: Path) -> None:
     at = made(adapters.LLAMA)
     api.split(at / "adapter", tmp_path / "shards", tp=2, base=at / "base")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from tpshard.adapter_folder import Base, adapter_base, adapter_of, open_adapter
 from tpshard.checkpoint import Checkpoint, open_full
-from tpshard.errors import InconclusiveError, UsageError
+from tpshard.errors import InconclusiveError, InputError, UsageError
 from tpshard.verify.adapter_layout_check import check_adapter_layout
 from tpshard.verify.files import check_files, default_workers
 from tpshard.verify.folding import fold
@@ -45,24 +45,42 @@ def names_on_disk(base: Base) -> Mapping[str, str]:
 def _checks(request: Request) -> Iterator[CheckResult]:
     workers = request.workers or default_workers()
     _require_device(request)
-    base = adapter_base(request.folder, request.base)
+    try:
+        base = adapter_base(request.folder, request.base)
+    except InputError:
+        files, _ = check_files(request.folder, workers, request.progress)
+        if not files.findings:
+            raise
+        yield files  # what is recorded of the base was damaged
+        yield from _unproven(request.after_files)
+        return
     opened = open_full if base is None else open_adapter
     source = opened(request.against) if request.against else None
     files, shards = check_files(request.folder, workers, request.progress)
     yield files
     if shards is None:
-        for level in request.after_files:
-            yield CheckResult(level, unproven="the files are not as they should be")
+        yield from _unproven(request.after_files)
         return
     if request.wants("weights"):
         yield check_weights(shards, source, workers, request.progress)
     if request.wants("layout"):
-        if base is None:
-            yield check_layout_of_grid(shards)
-        else:
-            yield check_adapter_layout(shards, adapter_of(shards), base.config)
+        yield _layout(shards, base)
     if request.wants("forward"):
         yield from _model_checks(shards, source, base, request)
+
+
+def _unproven(levels: Iterable[str]) -> Iterator[CheckResult]:
+    for level in levels:
+        yield CheckResult(level, unproven="the files are not as they should be")
+
+
+def _layout(shards: Checkpoint, base: Base | None) -> CheckResult:
+    if base is None:
+        return check_layout_of_grid(shards)
+    try:
+        return check_adapter_layout(shards, adapter_of(shards), base.config)
+    except InputError as error:
+        return CheckResult("layout", unproven=str(error))
 
 
 def _model_checks(
