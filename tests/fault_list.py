@@ -530,7 +530,7 @@ NOT_PLANTED = {
     "W47 to W51": "need policies for mixtures of experts",
     "W53 to W55": "need policies for multi-head latent attention",
     "W56 to W60": "need policies for Mamba",
-    "W64": "adapters alone are no checkpoint for split",
+    "W64": "is planted into adapters, which have tests of their own (tests/test_lora.py)",
     "W65": "needs policies for models of text and images",
     "Q02, Q05 to Q14": "quantised checkpoints are refused by split (Q01, Q04), so there is nothing to plant into",
 }

@@ -111,7 +111,7 @@ def test_links_of_the_cache_are_followed(tmp_path: Path) -> None:
         (["model.pt"], "holds PyTorch files (model.pt) and no safetensors"),
         (["model.ckpt", "config.json"], "holds PyTorch files (model.ckpt)"),
         (["optimizer.pt", "scheduler.pt"], "holds PyTorch files (optimizer.pt)"),
-        (["adapter_model.safetensors", "adapter_config.json"], "holds an adapter (adapter_config.json), not a model (merge it into its base first)"),
+        (["adapter_model.safetensors", "adapter_config.json"], "holds an adapter (adapter_config.json), not a model (tpshard split takes it with --base MODEL)"),
         (["adapter_model.safetensors"], "holds an adapter (adapter_model.safetensors)"),
         (["model.safetensors.incomplete"], "model.safetensors.incomplete is an unfinished download or compressed (finish it first)"),
         (["model.safetensors.gz"], "model.safetensors.gz is an unfinished download or compressed"),

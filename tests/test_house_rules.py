@@ -17,14 +17,17 @@ FAMILIES = tuple(f"verify.families.{path.stem}" for path in sorted((PACKAGE / "v
 FLOORS: list[tuple[str, ...]] = [
     ("__init__", "errors"),
     ("layout", "expressions", "patterns", "document", "digest", "roles", "launch", "mesh"),
-    ("stages", "header", "partition", "folder", "manifest", "manifest_parsing"),
-    ("policy", "policy_parsing", "library", "policy_schema", "assignment", "checkpoint"),
+    ("stages", "header", "partition", "folder", "manifest", "manifest_parsing", "adapter"),
+    ("policy", "policy_parsing", "library", "policy_schema", "assignment", "checkpoint", "adapter_layout"),
+    ("adapter_folder",),
     ("grid", "policy_check", "quantised", "plan", "slabs"),
-    ("staging", "sources", "outputs", "execute", "convert", "summary", "demo"),
+    ("staging", "sources", "outputs", "execute", "carrying", "convert", "summary", "demo"),
     ("verify.report", "verify.slots", *FAMILIES, "verify.families.__init__"),
     ("verify.axes", "verify.differences", "verify.ties", "verify.layout", "verify.grid_layout"),
+    ("verify.adapter_layout_check",),
     ("verify.folding", "verify.files", "verify.weights", "verify.request"),
     ("verify.values", "verify.blocks", "verify.block_tensor", "verify.block_operations", "verify.generic"),
+    ("verify.adapter_weights",),
     ("verify.inputs", "verify.models", "verify.factory_model", "verify.placement", "verify.gradients"),
     (
         "verify.lockstep",
@@ -37,7 +40,8 @@ FLOORS: list[tuple[str, ...]] = [
     ),
     ("verify.preparation", "verify.native", "verify.loss", "verify.forward"),
     ("verify.canaries", "verify.sensitivity", "verify.layers"),
-    ("verify.model_checks", "verify.processes", "verify.together", "verify.run", "verify.__init__"),
+    ("verify.model_checks", "verify.disk_names", "verify.adapter_checks"),
+    ("verify.processes", "verify.together", "verify.run", "verify.__init__"),
     ("api",),
     ("cli.__init__", "cli.options", "cli.render", "cli.carry_out"),
     ("cli.report_text", "cli.junit", "cli.markdown", "cli.report_files"),
@@ -48,7 +52,7 @@ ORDER = {module: place for place, module in enumerate(module for floor in FLOORS
 WITH_TORCH = {name for name in ORDER if name.startswith("verify.")} - {
     "verify.report", "verify.slots", *FAMILIES, "verify.families.__init__",
     "verify.axes", "verify.differences", "verify.ties", "verify.layout", "verify.grid_layout",
-    "verify.folding",
+    "verify.folding", "verify.adapter_layout_check",
     "verify.files", "verify.weights", "verify.request", "verify.run", "verify.__init__",
 }  # fmt: skip
 

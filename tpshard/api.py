@@ -24,6 +24,7 @@ from tpshard.convert import DEFAULT_DIGEST, Done, Options
 from tpshard.mesh import Grid, Mesh
 from tpshard.verify.report import Report
 from tpshard.verify.request import Level, Request
+from tpshard.verify.run import names_on_disk
 from tpshard.verify.run import verify as run_checks
 
 Folder = str | PathLike[str]
@@ -40,6 +41,7 @@ def split(
     expert_parallel: bool = False,
     stages: tuple[int, ...] = (),
     policy: str = "auto",
+    base: Folder | None = None,
     max_shard_size: int | None = None,
     digest: str = DEFAULT_DIGEST,
     workers: int = 0,
@@ -49,11 +51,16 @@ def split(
 
     ``expert_parallel``: whole experts go to the tensor-parallel ranks, too; ``stages``: layers of each stage.
 
-    ``policy``: ``auto``, a built-in name or a YAML file. ``max_shard_size`` in bytes; ``progress`` is called with
-    the bytes just read. Raises TpshardError; the target is then as it was before.
+    ``policy``: ``auto``, a built-in name or a YAML file; ``base``: the model of a LoRA adapter, its folder or its
+    config.json. ``max_shard_size`` in bytes; ``progress`` is called with the bytes just read. Raises TpshardError;
+    the target is then as it was before.
     """
     options = Options(max_shard_size, digest, workers, progress)
     grid = Grid(Mesh(tp=tp, ep=ep, pp=pp), expert_parallel, stages)
+    if base is not None:
+        adapter, model = Path(source), Path(base)
+        planned = convert.plan_adapter_split(adapter, Path(target), grid, model, policy, options, names_on_disk)
+        return convert.run(planned, options)
     return convert.run(convert.plan_split(Path(source), Path(target), grid, policy, options), options)
 
 
@@ -94,6 +101,7 @@ def verify(
     folder: Folder,
     *,
     against: Folder | None = None,
+    base: Folder | None = None,
     level: Level | None = None,
     model: str | None = None,
     isolate: bool = False,
@@ -104,10 +112,13 @@ def verify(
     """Check a shard folder; ``report.verdict`` is PASS, FAIL or INCONCLUSIVE.
 
     ``level``: the deepest check, all that can be run by default; ``model``: ``package.module:function``; ``isolate``:
-    every faulty layer, not only the first; ``device``: where the model runs, ``cpu`` or ``cuda``.
+    every faulty layer, not only the first; ``device``: where the model runs, ``cpu`` or ``cuda``; ``base``: of an
+    adapter, its model.
     """
     source = Path(against) if against is not None else None
-    return run_checks(Request(Path(folder), source, level, model, workers, progress, isolate, device))
+    of_adapter = Path(base) if base is not None else None
+    request = Request(Path(folder), source, level, model, workers, progress, isolate, device, base=of_adapter)
+    return run_checks(request)
 
 
 def inspect(folder: Folder) -> Checkpoint:

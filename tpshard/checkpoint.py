@@ -89,9 +89,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return open_shards(folder) if (folder / MANIFEST_NAME).exists() else open_full(folder)
 
 
-def open_full(folder: Path) -> Checkpoint:
-    """A Hugging Face folder: ``model.safetensors``, or an index and its files."""
-    found = find_weights(folder)
+def open_full(folder: Path, found: WeightFiles | None = None) -> Checkpoint:
+    """A Hugging Face folder: ``model.safetensors``, or an index and its files; ``found``: other files than those."""
+    found = found or find_weights(folder)
     files: list[WeightFile] = []
     tensors: dict[str, Stored] = {}
     for index, name in enumerate(found.names):

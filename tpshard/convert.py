@@ -6,13 +6,15 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+from tpshard.adapter_folder import OF_THE_BASE, AskNames, Base, assign_by_base, open_with_base, recorded_base
+from tpshard.assignment import Assigned
+from tpshard.carrying import carry, written_beside
 from tpshard.checkpoint import Checkpoint, open_full, open_shards
-from tpshard.digest import hasher_factory
-from tpshard.errors import InputError, UsageError
+from tpshard.errors import UsageError
 from tpshard.execute import Written, execute
 from tpshard.folder import MANIFEST_NAME
 from tpshard.grid import assign_to_grid
@@ -25,7 +27,7 @@ from tpshard.plan import Item, Output, Plan, arrange, bytes_of_ranks
 from tpshard.policy import Policy
 from tpshard.quantised import refuse_quantised
 from tpshard.roles import Role
-from tpshard.staging import Staging, check_space, check_target, storage_errors
+from tpshard.staging import Staging, check_space, check_target
 
 DEFAULT_MAX_SHARD_SIZE = 5 * 10**9
 DEFAULT_DIGEST = "xxh3-128"
@@ -48,7 +50,7 @@ class Options:
 @dataclass(frozen=True, slots=True)
 class Conversion:
     """A planned conversion, ready to be shown or run. ``policy``, ``roles`` and ``mesh`` are set where shards are
-    written."""
+    written; ``beside``: files to be carried that are not in the source's folder."""
 
     plan: Plan
     target: Path
@@ -56,6 +58,7 @@ class Conversion:
     roles: Mapping[str, Role]
     warnings: tuple[str, ...]
     mesh: Mesh | None = None
+    beside: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def disk_needed(self) -> int:
@@ -88,6 +91,26 @@ def plan_split(
     return _to_shards(checkpoint, target, Grid.of(ranks), choose_policy(policy, checkpoint.config), options)
 
 
+def plan_adapter_split(
+    source: Path,
+    target: Path,
+    ranks: int | Grid,
+    base: Path,
+    policy: str = "auto",
+    options: Options = Options(),
+    ask_names: AskNames = lambda base: {},
+) -> Conversion:
+    """Plan to cut a LoRA adapter as the policy cuts its base: a checkpoint's folder, or its config.json alone.
+    ``ask_names``: who tells the names on disk of what a module calls otherwise."""
+    if (source / MANIFEST_NAME).exists():
+        raise UsageError(f"{source}: is a shard folder already", hint="tpshard reshard cuts it for other ranks")
+    check_target(target, source)
+    checkpoint, model = open_with_base(source, base, ask_names)
+    chosen = choose_policy(policy, model.config)
+    conversion = _adapter_to_shards(checkpoint, target, Grid.of(ranks), chosen, model, options)
+    return replace(conversion, beside=model.files)
+
+
 def plan_reshard(
     source: Path, target: Path, ranks: int | Grid, policy: str | None = None, options: Options = Options()
 ) -> Conversion:
@@ -95,17 +118,21 @@ def plan_reshard(
     check_target(target, source)
     checkpoint = open_shards(source)
     assert checkpoint.manifest is not None
+    base = recorded_base(checkpoint)
     if policy is None:
         chosen = policy_from_data(checkpoint.manifest.policy_documents, str(source / MANIFEST_NAME))
     else:
-        chosen = choose_policy(policy, checkpoint.config)
+        chosen = choose_policy(policy, base.config if base else checkpoint.config)
+    if base is not None:
+        return _adapter_to_shards(checkpoint, target, Grid.of(ranks), chosen, base, options)
     return _to_shards(checkpoint, target, Grid.of(ranks), chosen, options)
 
 
 def plan_merge(source: Path, target: Path, options: Options = Options()) -> Conversion:
     """Plan to rebuild the full checkpoint: in the files it came in, or in parts of ``options.max_shard_size``."""
     check_target(target, source)
-    checkpoint = open_shards(source)
+    opened = open_shards(source)
+    checkpoint = replace(opened, carried=tuple(name for name in opened.carried if name not in OF_THE_BASE))
     assert checkpoint.manifest is not None
     items = [Item(tensor, Layout.replicated(tensor.shape, 1)) for tensor in checkpoint.tensors.values()]
     if options.max_shard_size is None:
@@ -132,7 +159,9 @@ def run(conversion: Conversion, options: Options = Options()) -> Done:
     algorithm = plan.source.manifest.algorithm if plan.source.manifest else options.digest
     with Staging(target) as staging:
         written = execute(plan, staging, algorithm, options.threads, options.progress)
-        carried = tuple(_carry(plan.source, name, staging, algorithm) for name in plan.source.carried)
+        carried = tuple(carry(plan.source, name, staging, algorithm) for name in plan.source.carried)
+        beside = conversion.beside.items()
+        carried += tuple(written_beside(name, content, staging, algorithm) for name, content in beside)
         copied = time.monotonic()
         staging.sync()
         if conversion.policy is None:
@@ -157,7 +186,21 @@ def run(conversion: Conversion, options: Options = Options()) -> Done:
 def _to_shards(checkpoint: Checkpoint, target: Path, grid: Grid, policy: Policy, options: Options) -> Conversion:
     sizes = {name: byte_count(tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()}
     assigned = assign_to_grid(policy, checkpoint.config, checkpoint.shapes, sizes, grid)
-    mesh, wanted = grid.mesh, assigned.tensors
+    return _as_assigned(checkpoint, target, grid.mesh, policy, options, assigned)
+
+
+def _adapter_to_shards(
+    checkpoint: Checkpoint, target: Path, grid: Grid, policy: Policy, base: Base, options: Options
+) -> Conversion:
+    assigned, warnings = assign_by_base(policy, base, checkpoint, grid)
+    conversion = _as_assigned(checkpoint, target, grid.mesh, policy, options, assigned)
+    return replace(conversion, warnings=(*conversion.warnings, *warnings))
+
+
+def _as_assigned(
+    checkpoint: Checkpoint, target: Path, mesh: Mesh, policy: Policy, options: Options, assigned: Assigned
+) -> Conversion:
+    wanted = assigned.tensors
     items = [Item(tensor, wanted[name].layout) for name, tensor in checkpoint.tensors.items()]
     groups = arrange(items, mesh.ranks, options.max_shard_size or DEFAULT_MAX_SHARD_SIZE)
     outputs, first = [], 0
@@ -272,22 +315,3 @@ def _write_index(plan: Plan, staging: Staging) -> None:
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     content = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
     staging.write("model.safetensors.index.json", content.encode("utf-8"))
-
-
-def _carry(source: Checkpoint, name: str, staging: Staging, algorithm: str) -> CarriedRecord:
-    path = source.folder / name
-    changed = InputError(f"{path}: was changed since the shards were written", hint="tpshard verify tells more")
-    known = {carried.name: carried for carried in source.manifest.carried} if source.manifest else {}
-    with storage_errors(path):
-        if not path.is_file():
-            raise InputError(f"{path}: is not there, or not a regular file", hint="tpshard verify tells more")
-        if name in known and path.stat().st_size != known[name].size:
-            raise changed
-        content = path.read_bytes()
-    hasher = hasher_factory(algorithm)()
-    hasher.update(content)
-    record = CarriedRecord(name, len(content), hasher.hexdigest())
-    if known.get(name, record) != record:
-        raise changed
-    staging.write(name, content)
-    return record

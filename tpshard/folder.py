@@ -99,7 +99,7 @@ def _nothing_found(folder: Path, present: list[str]) -> InputError:
     partial = [name for name in present if name.endswith((".incomplete", ".safetensors.gz"))]
     if adapters:
         return InputError(
-            f"{folder}: holds an adapter ({adapters[0]}), not a model", hint="merge it into its base first"
+            f"{folder}: holds an adapter ({adapters[0]}), not a model", hint="tpshard split takes it with --base MODEL"
         )
     if partial:
         return InputError(f"{folder}: {partial[0]} is an unfinished download or compressed", hint="finish it first")

@@ -59,6 +59,9 @@ FOLDER = FILE = click.Path(path_type=Path)
 quiet = click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object (docs/json.md has its shape).")
 tp = click.option("--tp", type=Count(), required=True, metavar="N", help="Number of tensor-parallel ranks.")
+base = click.option(
+    "--base", type=FOLDER, metavar="MODEL", help="The base model of a LoRA adapter: its folder, or its config.json."
+)
 max_shard_size = click.option(
     "--max-shard-size", type=Size(), metavar="SIZE", help="Start a new file beyond this, e.g. 5GB, 4GiB."
 )

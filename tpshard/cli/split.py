@@ -8,8 +8,9 @@ import click
 
 from tpshard.cli import options
 from tpshard.cli.carry_out import Manner, carry_out
-from tpshard.convert import Options, plan_split
+from tpshard.convert import Options, plan_adapter_split, plan_split
 from tpshard.mesh import Grid
+from tpshard.verify.run import names_on_disk
 
 
 @click.command()
@@ -17,6 +18,7 @@ from tpshard.mesh import Grid
 @click.argument("target", metavar="DST", type=options.FOLDER)
 @options.grid
 @click.option("--policy", default="auto", show_default=True, metavar="P", help="auto, a built-in name, or a YAML file.")
+@options.base
 @options.apply(options.max_shard_size, options.digest, options.workers, options.strict, options.dry_run)
 @options.apply(options.as_json, options.quiet)
 def split(
@@ -24,6 +26,7 @@ def split(
     target: Path,
     grid: Grid,
     policy: str,
+    base: Path | None,
     max_shard_size: int | None,
     digest: str,
     workers: int | None,
@@ -40,7 +43,11 @@ def split(
     tpshard split llama-8b llama-8b-tp4 --tp 4
     tpshard split llama-8b llama-8b-tp4 --tp 4 --dry-run
     tpshard split my-model shards --tp 2 --policy my-policy.yaml --max-shard-size 2GB
+    tpshard split my-lora my-lora-tp4 --tp 4 --base llama-8b    # a LoRA adapter, cut as its base
     """
     chosen = Options(max_shard_size=max_shard_size, digest=digest, workers=workers or 0)
-    conversion = plan_split(source, target, grid, policy, chosen)
+    if base is None:
+        conversion = plan_split(source, target, grid, policy, chosen)
+    else:
+        conversion = plan_adapter_split(source, target, grid, base, policy, chosen, names_on_disk)
     carry_out("split", conversion, chosen, Manner(quiet, as_json, strict, dry_run))

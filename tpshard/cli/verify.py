@@ -22,6 +22,7 @@ FORMAT, VERSION = "tpshard-verify", 1  # of --json: docs/verify.schema.json
 @click.command()
 @click.argument("folder", metavar="DST", type=options.FOLDER)
 @click.option("--against", metavar="SRC", type=options.FOLDER, help="The full checkpoint that was cut.")
+@options.base
 @click.option("--level", type=click.Choice(LEVELS), help="The deepest check to run; default: all that can be run.")
 @click.option("--model", "factory", metavar="PKG.MOD:FUNC", help="Makes the model, where transformers cannot.")
 @click.option("--isolate", is_flag=True, help="List every faulty layer: ranks go on from the right numbers.")
@@ -38,6 +39,7 @@ FORMAT, VERSION = "tpshard-verify", 1  # of --json: docs/verify.schema.json
 def verify(
     folder: Path,
     against: Path | None,
+    base: Path | None,
     level: str | None,
     factory: str | None,
     isolate: bool,
@@ -60,13 +62,13 @@ def verify(
     tpshard verify llama-8b-tp4 --isolate                # every faulty layer, not only the first
     tpshard verify llama-8b-tp4 --junit verify.xml       # what is not proven turns a build red
     tpshard verify shards --model my_package.models:build
+    tpshard verify my-lora-tp4 --against my-lora --base llama-8b    # an adapter, merged into its base
     torchrun --nproc-per-node 4 -m tpshard verify llama-8b-tp4 --against llama-8b    # a process for each rank
     """
     chosen = cast("Level | None", level)
     launch = launched()
-    request = Request(
-        folder, against, chosen, factory, workers or 0, isolate=isolate, device=device, launch=launch, timeout=timeout
-    )
+    request = Request(folder, against, chosen, factory, workers or 0, isolate=isolate, device=device, launch=launch)
+    request = replace(request, timeout=timeout, base=base)
     if launch is not None and launch.rank > 0:
         return _silently(request)
     with junit_file(junit, folder) as write:

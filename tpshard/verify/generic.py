@@ -87,6 +87,13 @@ class GenericWeights:
         return values.reshape(box.shape)
 
 
+def generic_of(weights: Weights, rearranged: Rearrangement | None = None) -> Weights:
+    """Generic weights in the place of ``weights``; those that are made of others make themselves of generic ones."""
+    make = getattr(weights, "generic", None)
+    made: Weights = make(rearranged) if make else GenericWeights(weights, rearranged)
+    return made
+
+
 def _scale(name: str, shape: Shape) -> tuple[float, float]:
     """Matrices keep the size of what they multiply; biases lie around 0, norms and other lines around 1."""
     if len(shape) >= 2:

@@ -27,10 +27,11 @@ Source = Callable[[str], torch.Tensor]  # a tensor by its name on disk
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How a parameter is made: of these tensors on disk, by this function of them."""
+    """How a parameter is made: of these tensors on disk, by this function of them. ``plain``: it is the one tensor."""
 
     names: tuple[str, ...]
     make: Callable[[Source], torch.Tensor]
+    plain: bool = False
 
 
 class Model(Protocol):
@@ -83,13 +84,16 @@ def slots(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 class TransformersModel:
-    """A class of transformers, by config.json's ``architectures``. Remote code is never run.
+    """A class of transformers, by config.json's ``architectures``. Remote code is never run. ``folder``: of
+    config.json, or that file; ``names``: those on disk, or None where only the module's own are known.
 
     Raises InconclusiveError where transformers has no such class, cannot read the config, or the checkpoint does not
     fit the class.
     """
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], names: Sequence[str], dtype: torch.dtype) -> None:
+    def __init__(
+        self, folder: Path, config: Mapping[str, Any], names: Sequence[str] | None, dtype: torch.dtype
+    ) -> None:
         try:
             import transformers
             from transformers.utils import logging
@@ -107,8 +111,9 @@ class TransformersModel:
             raise InconclusiveError(f"transformers cannot read {folder}/config.json: {one_line(error)}") from None
         self._dtype = dtype
         self.skeleton = self._make(frozenset())
+        self.names = _own_names(self.skeleton) if names is None else tuple(names)
         try:
-            self.recipes, self.unused = _recipes(self.skeleton, names)
+            self.recipes, self.unused = _recipes(self.skeleton, self.names)
         except Exception as error:
             what = f"transformers {transformers.__version__} does not tell what {self.name} loads: {one_line(error)}"
             raise InconclusiveError(what) from None
@@ -205,8 +210,17 @@ def _recipes(skeleton: nn.Module, names: Sequence[str]) -> tuple[dict[str, Recip
     return recipes, tuple(unused)
 
 
+def _own_names(skeleton: nn.Module) -> tuple[str, ...]:
+    """What would be saved: of tied twins the first, and no tensor of whole numbers."""
+    first: dict[int, str] = {}
+    for name, tensor in slots(skeleton).items():
+        if tensor.is_floating_point():
+            first.setdefault(id(tensor), name)
+    return tuple(first.values())
+
+
 def renamed(name: str) -> Recipe:
-    return Recipe((name,), lambda source: source(name))
+    return Recipe((name,), lambda source: source(name), plain=True)
 
 
 def _converted(

@@ -18,7 +18,7 @@ class Request:
     """What to verify. ``level`` is the deepest check wanted; None: everything that can be run in reasonable time.
     ``factory`` is ``package.module:function`` for a model that transformers does not know; ``isolate`` lists every
     faulty layer rather than the first; ``device`` is where the model runs. ``launch``: this process's place among
-    several, one for each rank, which wait for one another for ``timeout`` seconds."""
+    several, one for each rank, which wait for one another for ``timeout`` seconds. ``base``: an adapter's model."""
 
     folder: Path
     against: Path | None = None
@@ -30,6 +30,7 @@ class Request:
     device: str = "cpu"
     launch: Launch | None = None
     timeout: float = 600.0
+    base: Path | None = None
 
     @property
     def backward(self) -> bool | None:

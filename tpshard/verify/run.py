@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
+from tpshard.adapter_folder import Base, adapter_base, adapter_of, open_adapter
 from tpshard.checkpoint import Checkpoint, open_full
-from tpshard.errors import UsageError
+from tpshard.errors import InconclusiveError, InputError, UsageError
+from tpshard.verify.adapter_layout_check import check_adapter_layout
 from tpshard.verify.files import check_files, default_workers
 from tpshard.verify.folding import fold
 from tpshard.verify.grid_layout import check_layout_of_grid
@@ -21,30 +23,69 @@ def verify(request: Request) -> Report:
         return Report(tuple(timed(_checks(request))))
     if importlib.util.find_spec("torch") is None:
         raise UsageError("several processes meet through torch, which is not installed", hint="pip install torch")
+    if adapter_base(request.folder, request.base) is not None:
+        raise UsageError("adapters are verified in one process", hint="start it without torchrun")
     from tpshard.verify.together import verify_together
 
     return verify_together(request)
 
 
+def names_on_disk(base: Base) -> Mapping[str, str]:
+    """What transformers, if it is there, knows of a base's names on disk, by those of the module's parameters."""
+    if importlib.util.find_spec("torch") is None:
+        return {}
+    from tpshard.verify.disk_names import disk_names
+
+    try:
+        return disk_names(base)
+    except InconclusiveError:
+        return {}
+
+
 def _checks(request: Request) -> Iterator[CheckResult]:
     workers = request.workers or default_workers()
     _require_device(request)
-    source = open_full(request.against) if request.against else None
+    try:
+        base = adapter_base(request.folder, request.base)
+    except InputError:
+        files, _ = check_files(request.folder, workers, request.progress)
+        if not files.findings:
+            raise
+        yield files  # what is recorded of the base was damaged
+        yield from _unproven(request.after_files)
+        return
+    opened = open_full if base is None else open_adapter
+    source = opened(request.against) if request.against else None
     files, shards = check_files(request.folder, workers, request.progress)
     yield files
     if shards is None:
-        for level in request.after_files:
-            yield CheckResult(level, unproven="the files are not as they should be")
+        yield from _unproven(request.after_files)
         return
     if request.wants("weights"):
         yield check_weights(shards, source, workers, request.progress)
     if request.wants("layout"):
-        yield check_layout_of_grid(shards)
+        yield _layout(shards, base)
     if request.wants("forward"):
-        yield from _model_checks(shards, source, request)
+        yield from _model_checks(shards, source, base, request)
 
 
-def _model_checks(shards: Checkpoint, source: Checkpoint | None, request: Request) -> Iterator[CheckResult]:
+def _unproven(levels: Iterable[str]) -> Iterator[CheckResult]:
+    for level in levels:
+        yield CheckResult(level, unproven="the files are not as they should be")
+
+
+def _layout(shards: Checkpoint, base: Base | None) -> CheckResult:
+    if base is None:
+        return check_layout_of_grid(shards)
+    try:
+        return check_adapter_layout(shards, adapter_of(shards), base.config)
+    except InputError as error:
+        return CheckResult("layout", unproven=str(error))
+
+
+def _model_checks(
+    shards: Checkpoint, source: Checkpoint | None, base: Base | None, request: Request
+) -> Iterator[CheckResult]:
     """Where torch is not installed or the tensors are not the source's, the reason."""
     if importlib.util.find_spec("torch") is None:
         yield CheckResult("forward", unproven="torch is not installed (pip install 'tpshard[hf]')")
@@ -56,8 +97,13 @@ def _model_checks(shards: Checkpoint, source: Checkpoint | None, request: Reques
     from tpshard.verify.values import StoredWeights
 
     wanted = ModelRequest(request.factory, request.backward, request.isolate, request.device)
-    with StoredWeights(fold(shards), source) as weights:
-        yield from check_model(weights, wanted)
+    if base is not None:
+        from tpshard.verify.adapter_checks import check_adapter_model
+
+        yield from check_adapter_model(shards, source, base, wanted)
+    else:
+        with StoredWeights(fold(shards), source) as weights:
+            yield from check_model(weights, wanted)
     for checkpoint in (shards, source) if source else (shards,):
         checkpoint.check_unchanged()
 

@@ -14,7 +14,7 @@ from tpshard.errors import InconclusiveError
 from tpshard.verify.block_tensor import Context
 from tpshard.verify.canaries import Canary, canaries
 from tpshard.verify.execution import Outcome, Subject, Way, call, execute, on_device, tensors_of, with_stubs
-from tpshard.verify.generic import GenericWeights
+from tpshard.verify.generic import generic_of
 from tpshard.verify.lockstep import AllDouble
 from tpshard.verify.models import copy_with
 from tpshard.verify.placement import REFERENCE
@@ -58,7 +58,7 @@ def shortened(subject: Subject, weights: Weights) -> Subject:
 
 
 def run_generic(subject: Subject, weights: Weights, way: Way) -> Outcome:
-    return execute(subject, GenericWeights(weights), replace(way, sound=False))
+    return execute(subject, generic_of(weights), replace(way, sound=False))
 
 
 def self_test(subject: Subject, weights: Weights, visited: set[str]) -> CheckResult:
@@ -112,7 +112,7 @@ def _try(subject: Subject, weights: Weights, canary: Canary) -> Trial:
     best = Trial(canary.name)
     for plant in canary.plants:
         way = Way(stop_above=SEEN, doubled=plant.doubled)
-        outcome = execute(subject, GenericWeights(weights, plant.rearrangement), way)
+        outcome = execute(subject, generic_of(weights, plant.rearrangement), way)
         error = float("inf") if outcome.failure else outcome.record.worst
         if error >= best.error:
             best = Trial(canary.name, error, plant.tensor)
@@ -124,7 +124,7 @@ def _try(subject: Subject, weights: Weights, canary: Canary) -> Trial:
 def noise_of(subject: Subject, weights: Weights) -> float:
     """The unsharded model twice, the second time its sums in another order."""
     outputs = []
-    generic = GenericWeights(weights)
+    generic = generic_of(weights)
     for backwards in (False, True):
         context = Context(generic, torch.float64, subject.device, backwards=backwards)
         module = copy_with(subject.model.skeleton, subject.parameters.of_run(REFERENCE, context), subject.device)

@@ -1,0 +1,38 @@
+"""Files that go along with the weights unchanged."""
+
+from __future__ import annotations
+
+from tpshard.checkpoint import Checkpoint
+from tpshard.digest import hasher_factory
+from tpshard.errors import InputError
+from tpshard.manifest import CarriedRecord
+from tpshard.staging import Staging, storage_errors
+
+
+def carry(source: Checkpoint, name: str, staging: Staging, algorithm: str) -> CarriedRecord:
+    """A file of the source's folder. Raises InputError where it is not as the source's manifest has it."""
+    path = source.folder / name
+    changed = InputError(f"{path}: was changed since the shards were written", hint="tpshard verify tells more")
+    known = {carried.name: carried for carried in source.manifest.carried} if source.manifest else {}
+    with storage_errors(path):
+        if not path.is_file():
+            raise InputError(f"{path}: is not there, or not a regular file", hint="tpshard verify tells more")
+        if name in known and path.stat().st_size != known[name].size:
+            raise changed
+        content = path.read_bytes()
+    record = _record_of(name, content, algorithm)
+    if known.get(name, record) != record:
+        raise changed
+    return written_beside(name, content, staging, algorithm)
+
+
+def written_beside(name: str, content: bytes, staging: Staging, algorithm: str) -> CarriedRecord:
+    """A file that is not in the source's folder."""
+    staging.write(name, content)
+    return _record_of(name, content, algorithm)
+
+
+def _record_of(name: str, content: bytes, algorithm: str) -> CarriedRecord:
+    hasher = hasher_factory(algorithm)()
+    hasher.update(content)
+    return CarriedRecord(name, len(content), hasher.hexdigest())
