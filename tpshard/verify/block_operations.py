@@ -69,14 +69,13 @@ class _Lookup(torch.autograd.Function):
 
 
 def _look_up(tokens: torch.Tensor, weight: BlockTensor) -> torch.Tensor:
-    flat = tokens.reshape(-1)
-    y = torch.zeros(len(flat), weight.shape[1], dtype=weight.dtype, device=flat.device)
-    for row in sorted(set(flat.tolist())):
+    y = torch.zeros(*tokens.shape, weight.shape[1], dtype=weight.dtype, device=tokens.device)  # no view: CTRL scales it
+    for row in sorted(set(tokens.flatten().tolist())):
         for block in weight.blocks:
             part = block.narrow(0, row, row + 1)
             if part is not None:
-                y[flat == row, part.box.slices()[1]] = weight.context.values(part)[0]
-    return y.reshape(*tokens.shape, weight.shape[1])
+                y[..., part.box.slices()[1]][tokens == row] = weight.context.values(part)[0]
+    return y
 
 
 def product(x: torch.Tensor, weight: BlockTensor, out: int) -> torch.Tensor:
