@@ -14,7 +14,7 @@ from typing import Any
 from tpshard.layout import Shape
 from tpshard.policy_heads import Heads
 from tpshard.policy_layers import Layer, layers_by_tensor, layers_of
-from tpshard.policy_names import is_words
+from tpshard.policy_names import is_words, part_of
 from tpshard.policy_ways import Block, Drafted, Way, attentions, feed_forwards, tables
 
 
@@ -60,6 +60,8 @@ def draft(
 def _whole(layer: Layer, known: bool) -> Drafted:
     if max(map(len, layer.shapes.values())) <= 1 or "norm" in layer.path.lower().rpartition(".")[2]:
         return Drafted("replicate")
+    if part_of(layer.path) == "router":
+        return Drafted("replicate", comment="router: every rank chooses the experts")
     shown = " x ".join(map(str, layer.weight))
     if layer.is_table and not is_words(layer.path):
         return Drafted("replicate", comment="positions, types")

@@ -17,6 +17,7 @@ class Heads:
     def __init__(self, config: Mapping[str, Any], full: Mapping[str, Any]) -> None:
         self._config, self._full = config, full
         self.variables: dict[str, str] = {}
+        self._values: dict[str, int] = {}
 
     def of(self, path: str) -> tuple[str, str]:
         """The names of variables for query and key-value heads of layers at a path; empty where none are known."""
@@ -30,6 +31,10 @@ class Heads:
             key_value = key_value if table.get("num_key_value_heads") else ""
         own = self._named("H", trail, table, query)
         return own, self._named("K", trail, table, key_value) if key_value else own
+
+    def value(self, name: str) -> int:
+        """The number that a variable stands for."""
+        return self._values[name]
 
     def hidden(self, path: str) -> int:
         """The width between the blocks of layers at a path; 0 where it is not known."""
@@ -86,4 +91,5 @@ class Heads:
         taken = [name for name in self.variables if name.startswith(letter)]
         name = letter if not taken else f"{letter}{len(taken) + 1}"
         self.variables[name] = expression
+        self._values[name] = int(table[key])
         return name

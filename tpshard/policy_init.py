@@ -25,12 +25,13 @@ from tpshard.policy_ways import Drafted
 MOST_MISSED = 0.25  # of the layers: a built-in policy without rules for more is no base
 MOST_BASES = 4
 ALMOST = 0.02
+MOST_RANKS = 16
 
 
 class Judge(Protocol):
-    """Says of a policy whether the model, cut by it for so many ranks, computes what it should."""
+    """Says of a policy whether the model, cut by it for so many ranks (the fewest first), computes what it should."""
 
-    def right(self, policy: Policy, ranks: int) -> bool: ...
+    def right(self, policy: Policy, ranks: Sequence[int]) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +109,7 @@ def _is_right(source: Source, drafted: Draft, head: Head, rules: Mapping[str, Dr
     if made is None:
         return False
     ranks = ranks_to_prove(made.fit.legal)
-    return bool(ranks) and judge.right(made.policy, ranks[0])
+    return bool(ranks) and judge.right(made.policy, ranks)
 
 
 def _made(source: Source, drafted: Draft, head: Head, rules: Mapping[str, Drafted]) -> Made | None:
@@ -180,11 +181,12 @@ def _same_style(policy: Policy, source: Source) -> bool:
 
 
 def ranks_to_prove(legal: Sequence[int]) -> tuple[int, ...]:
-    """Two rank counts at which the policy works, 2 and 4 if they do.
+    """The fewest ranks at which the policy works, and the most that can be run in little time: a unit that is too
+    small (CodeGen's heads are fused four by four) is only seen where it is cut from its neighbours.
 
-    >>> ranks_to_prove(range(1, 129)), ranks_to_prove([1, 3, 9]), ranks_to_prove([1])
-    ((2, 4), (3, 9), ())
+    >>> ranks_to_prove([1, 2, 4, 8, 16]), ranks_to_prove([1, 3, 9, 71]), ranks_to_prove([1, 71]), ranks_to_prove([1])
+    ((2, 16), (3, 9), (71,), ())
     """
     several = [count for count in legal if count > 1]
-    usual = [count for count in (2, 4) if count in several]
-    return tuple([*usual, *(count for count in several if count not in usual)][:2])
+    most = max((count for count in several if count <= MOST_RANKS), default=0)
+    return tuple(dict.fromkeys([*several[:1], *([most] if most else [])]))

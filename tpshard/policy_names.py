@@ -24,11 +24,25 @@ _OUT = frozenset(
 _UP = frozenset(
     {
         "up", "gate", "fc1", "w1", "w3", "wi", "lin1", "linear1", "fcin", "cfc", "intermediate", "expand", "densehto4h",
-        "in", "layer1", "dense1", "v1", "fc",
+        "in", "input", "layer1", "dense1", "v1", "fc",
     }
 )  # fmt: skip
 _DOWN = frozenset(
-    {"down", "fc2", "w2", "wo", "lin2", "linear2", "fcout", "contract", "dense4htoh", "layer2", "dense2", "cproj"}
+    {
+        "down",
+        "fc2",
+        "w2",
+        "wo",
+        "lin2",
+        "linear2",
+        "fcout",
+        "contract",
+        "dense4htoh",
+        "layer2",
+        "dense2",
+        "cproj",
+        "output",
+    }
 )
 _WORDS = re.compile(r"emb|wte|word|tok|shared|lookup", re.IGNORECASE)
 _POSITIONS = re.compile(r"pos|wpe|type|segment|lang|rel", re.IGNORECASE)

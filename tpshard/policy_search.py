@@ -37,6 +37,8 @@ def search(draft: Draft, right: Right) -> Found:
     tried = 1
     if right(draft.rules(chosen)):
         return Found(chosen, tried, ())
+    if not right(draft.whole):  # it does not run at all, so that nothing can be told
+        return Found(chosen, tried, ())
     kept: dict[str, Way] = {}
     rejected: list[str] = []
     for block in draft.blocks:

@@ -91,6 +91,7 @@ def _ways_of_attention(
     query, key_value = heads.of(place[0])
     if not query:
         return
+    key_value = _key_value_by_size(members, heads, query, key_value)
     forms = ["parts", "heads"]
     if any("query_key_value" in layer.path or "qkv_proj" in layer.path for layer, part in members if part == "qkv"):
         forms.reverse()
@@ -101,6 +102,20 @@ def _ways_of_attention(
         for form in forms:
             way = {layer.path: _of_attention(layer, part, query, key_value, form, gather) for layer, part in members}
             yield {path: rule for path, rule in way.items() if rule is not None}
+
+
+def _key_value_by_size(members: Sequence[tuple[Layer, Part]], heads: Heads, query: str, key_value: str) -> str:
+    """How many key-value heads there are by the sizes, where they do not agree with config.json's (multi-query)."""
+    of_output = [layer.sizes[1] for layer, part in members if part == "out"]
+    count, odd = divmod(of_output[0], heads.value(query))
+    if odd or not count:
+        return key_value
+    for layer, part in members:
+        units, left = divmod(layer.sizes[0], count)
+        own = {"qkv": (units - heads.value(query)) / 2, "kv": units / 2, "v": float(units)}.get(part, 0.0)
+        if not left and own >= 1 and own.is_integer() and own < heads.value(query) and own != heads.value(key_value):
+            return str(int(own))
+    return key_value
 
 
 def _whole_norms(members: Sequence[tuple[Layer, Part]], layers: Sequence[Layer]) -> bool:

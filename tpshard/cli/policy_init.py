@@ -44,6 +44,7 @@ def init(source: Path, output: Path | None, as_json: bool) -> int:
         raise UsageError(f"{output}: is already there", hint="init does not overwrite: name another file")
     found = _drafted(*_read(source))
     text = found.made.text(_remarks(found))
+    render.warn(found.warnings)
     if output is not None:
         _write(output, text)
     if as_json:
@@ -153,4 +154,5 @@ def _as_json(found: Drafting, source: Path, output: Path | None, text: str) -> d
         "text": text,
         **made.fit.as_json(),
         "trials": [trial.as_json() for trial in found.trials],
+        "warnings": list(found.warnings),
     }

@@ -102,6 +102,13 @@ class Architecture:
         """config.json with the defaults that it leaves out."""
         return self._full
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is not as config.json says."""
+        if self.own.get("quantization_config") is None:
+            return ()
+        return ("config.json tells of quantisation: names and shapes are those of the model without it",)
+
     def real(self) -> Blueprint:
         """At its real sizes."""
         return Blueprint(self.own, *self._built(self._full, on_meta=True))

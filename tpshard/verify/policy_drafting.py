@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tpshard.errors import InconclusiveError
+from tpshard.errors import InconclusiveError, printable
 from tpshard.layout import Shape
 from tpshard.policy_init import Made, Source, make_policy, ranks_to_prove
 from tpshard.verify.blueprint import Architecture
 from tpshard.verify.policy_proof import Candidates, ForwardJudge, ProofTrial, proof_trial, told
 from tpshard.verify.report import Verdict
+
+MULTIPLE = 16 * 3 * 5 * 7  # of the rank counts that are tried
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,7 @@ class Drafting:
     trials: tuple[ProofTrial, ...] = ()
     model_line: str = ""
     unproven: str = ""
+    warnings: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> Verdict:
@@ -50,13 +53,18 @@ def draft_and_prove(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> D
             raise
         return Drafting(make_policy(Source(shapes, config, config), None), unproven=str(error))
     source = Source({**real.shapes, **shapes}, config, architecture.full, real.classes, architecture.plan)
-    candidates = Candidates(architecture.smaller(4))
+    candidates = Candidates(architecture.smaller(MULTIPLE))
     for wholly in (False, True):  # one forward decides, as a rule; where it did not see a fault, all checks do
         made = make_policy(source, ForwardJudge(architecture, candidates, wholly=wholly))
         trials = _trials(made, architecture, candidates)
         if not any(trial.verdict is Verdict.FAIL for trial in trials):
             break
-    return Drafting(made, trials, told(architecture, real, candidates.used))
+    untried = [name for name in shapes if name not in real.shapes]
+    warnings = list(architecture.warnings)
+    if untried:
+        what = f"{len(untried)} tensors of the checkpoint are not in the model that was run"
+        warnings.append(f"{what}: {', '.join(map(printable, untried[:3]))}{', ...' if len(untried) > 3 else ''}")
+    return Drafting(made, trials, told(architecture, real, candidates.used), warnings=tuple(warnings))
 
 
 def _trials(made: Made, architecture: Architecture, candidates: Candidates) -> tuple[ProofTrial, ...]:

@@ -57,8 +57,10 @@ class Unwritten:
         return [(rank, piece) for piece in shard.pieces()] if shard else []
 
     def read(self, name: str, holder: int, box: Box) -> torch.Tensor:
-        """A whole tensor's region: only whole numbers are read, and none of them is cut."""
+        """Of whole numbers: floats are generic, and read nowhere."""
         own = self._tensors[name]
+        if not self.layout(name).is_replicated:
+            raise InconclusiveError(f"{name}: whole numbers that are cut have no generic form", hint="replicate them")
         return own[box.slices()].to(torch.bool if own.dtype == torch.bool else torch.int64)
 
 
@@ -253,7 +255,7 @@ def prove_without_weights(policy: Policy, config: Mapping[str, Any], ranks: Sequ
     """
     architecture = Architecture(config)
     real = architecture.real()
-    fit = check_shapes(policy, config, real.shapes, ranks)
+    fit = check_shapes(policy, config, real.shapes, ranks, architecture.warnings)
     wanted = tuple(ranks) or tuple(count for count in fit.legal if count > 1)[:1]
     problems = {trial.ranks: trial.problem for trial in fit.trials}
     smaller = architecture.smaller(math.lcm(*(count for count in wanted if count in fit.legal)))
@@ -289,18 +291,18 @@ def told(architecture: Architecture, real: Blueprint, used: Blueprint | None) ->
 
 
 class ForwardJudge:
-    """Whether a policy is right, by one forward of a smaller model; ``wholly``: by all checks."""
+    """Whether a policy is right, by one forward of a smaller model at the fewest ranks; ``wholly``: by all checks, at
+    all ranks."""
 
     def __init__(self, architecture: Architecture, candidates: Candidates, *, wholly: bool = False) -> None:
         self._architecture, self._candidates, self._wholly = architecture, candidates, wholly
-        self.reasons: list[str] = []
 
-    def right(self, policy: Policy, ranks: int) -> bool:
+    def right(self, policy: Policy, ranks: Sequence[int]) -> bool:
+        return all(self._is_right(policy, count) for count in (ranks if self._wholly else ranks[:1]))
+
+    def _is_right(self, policy: Policy, ranks: int) -> bool:
         try:
             proof = self._candidates.first_that_runs(policy, self._architecture, ranks, quick=not self._wholly)
-        except InconclusiveError as error:
-            self.reasons.append(str(error))
+        except InconclusiveError:
             return False
-        if proof.report.verdict is not Verdict.PASS:
-            self.reasons.append(proof.reason)
         return proof.report.verdict is Verdict.PASS

@@ -17,7 +17,7 @@ from tpshard.errors import InputError, printable
 
 MOST_COUNTED = 100_000  # layers, experts, heads, labels: each is made one by one
 MOST_LAYERS = 1_000
-MOST_EXPERTS = 1_000_000  # of all layers together
+MOST_TOGETHER = 200_000  # experts, or heads, of all layers
 MOST = 2**40
 POSITIONS, IMAGE_PATCHES, WORDS, WINDOW = 130, 6, 600, 8
 HEAD_SIZES = (8, 16, 32, 64)
@@ -64,9 +64,11 @@ def require_sane(config: Mapping[str, Any], trail: str = "") -> None:
                 most = MOST_LAYERS if key in _DEPTH else MOST_COUNTED if _is_counted(str(key)) else MOST
                 if abs(item) > most:
                     raise InputError(f"config.json: {printable(name)} is {item}, more than any model has ({most})")
-    layers, experts = (max((_first(config, key) for key in keys), default=0) for keys in (_DEPTH, _EXPERTS))
-    if layers * experts > MOST_EXPERTS:
-        raise InputError(f"config.json: {layers} layers of {experts} experts are more than any model has")
+    layers = max((_first(config, key) for key in _DEPTH), default=0)
+    for kind, keys in (("experts", _EXPERTS), ("heads", _HEADS)):
+        each = max(_first(config, key) for key in keys)
+        if layers * each > MOST_TOGETHER:
+            raise InputError(f"config.json: {layers} layers of {each} {kind} are more than any model has")
 
 
 def _is_counted(key: str) -> bool:
