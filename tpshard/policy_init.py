@@ -22,7 +22,7 @@ from tpshard.policy_search import Found, likeliest, search
 from tpshard.policy_text import Head, Layers, policy_text
 from tpshard.policy_ways import Drafted
 
-MOST_MISSED = 0.25  # of the layers: a built-in policy without rules for more is no base
+MOST_MISSED = 0.25  # of the layers with matrices: a built-in policy without rules for more is no base
 MOST_BASES = 4
 ALMOST = 0.02
 MOST_RANKS = 16
@@ -154,14 +154,14 @@ def _with_base(source: Source, drafted: Draft, judge: Judge | None) -> Made | No
 
 
 def _bases(source: Source, drafted: Draft) -> Iterator[Made]:
-    paths = {layer.path for layer in drafted.layers}
+    matrices = {layer.path for layer in drafted.layers if len(layer.weight) > 1}
     ways = drafted.rules(likeliest(drafted))
     for name, policy in builtin_policies().items():
         try:
             missed = {drafted.layer_of[tensor] for tensor in source.shapes if policy.match(tensor) is None}
         except PolicyError:
             continue
-        if len(missed) > MOST_MISSED * len(paths) or not _same_style(policy, source):
+        if len(missed & matrices) > MOST_MISSED * len(matrices) or not _same_style(policy, source):
             continue
         head = _head(source, drafted, name)
         for rules in (ways, drafted.whole):
