@@ -137,6 +137,13 @@ def test_without_tp_the_fewest_ranks_that_work(tmp_path: Path, capsys: Capture) 
     assert [trial["tp"] for trial in shown["trials"]] == [3]
 
 
+def test_a_policy_that_works_at_no_other_count_proves_nothing(tmp_path: Path, capsys: Capture) -> None:
+    text = builtin_text("gpt2").replace("name: gpt2", "name: odd").replace("H: n_head", "H: 1")
+    (tmp_path / "odd.yaml").write_text(text)
+    assert _run(["policy", "check", str(tmp_path / "odd.yaml"), "--config", write(tmp_path, SMALL_GPT2)]) == 2
+    assert "policy odd works at no --tp from 2 to 128" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------------------- names on disk
 
 MOE = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 26, "shared_expert_intermediate_size": 28}

@@ -257,6 +257,8 @@ def prove_without_weights(policy: Policy, config: Mapping[str, Any], ranks: Sequ
     real = architecture.real()
     fit = check_shapes(policy, config, real.shapes, ranks, architecture.warnings)
     wanted = tuple(ranks) or tuple(count for count in fit.legal if count > 1)[:1]
+    if not wanted:
+        raise PolicyError(f"policy {policy.name} works at no --tp from 2 to 128", hint=f"not {fit.refusals[0]}")
     problems = {trial.ranks: trial.problem for trial in fit.trials}
     smaller = architecture.smaller(math.lcm(*(count for count in wanted if count in fit.legal)))
     blueprints = Candidates(smaller)
