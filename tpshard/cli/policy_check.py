@@ -21,16 +21,13 @@ if TYPE_CHECKING:
     from tpshard.verify.policy_proof import Proven
 
 
-def _counts(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
-    """Rank counts with commas between them."""
-    return tuple(options.Count().convert(part, param, ctx) for part in value.split(",")) if value else ()
-
-
 @click.command()
 @click.argument("wanted", metavar="POLICY")
 @click.argument("folder", metavar="[CHECKPOINT]", type=options.FOLDER, required=False)
 @click.option("--config", metavar="FILE", type=options.FILE, help="A config.json (or its folder); needs no weights.")
-@click.option("--tp", "ranks", callback=_counts, default="", metavar="N,...", help="Rank counts that have to work.")
+@click.option(
+    "--tp", "ranks", callback=options.counts, default="", metavar="N,...", help="Rank counts that have to work."
+)
 @options.apply(options.strict, options.as_json)
 def check(
     wanted: str, folder: Path | None, config: Path | None, ranks: tuple[int, ...], strict: bool, as_json: bool
