@@ -235,8 +235,9 @@ def _same_lists(real: Mapping[str, Any], smaller: Mapping[str, Any]) -> bool:
         short = smaller.get(key)
         if isinstance(value, Mapping) and isinstance(short, Mapping) and not _same_lists(value, short):
             return False
-        shortened = isinstance(value, list) and isinstance(short, list) and len(short) < len(value)
-        if shortened and set(map(str, short)) != set(map(str, value)):
+        if not isinstance(value, list) or not isinstance(short, list):
+            continue
+        if len(short) < len(value) and set(map(str, short)) != set(map(str, value)):
             return False
     return True
 
