@@ -21,6 +21,8 @@ FLOORS: list[tuple[str, ...]] = [
     ("policy", "policy_parsing", "library", "policy_schema", "assignment", "checkpoint", "adapter_layout"),
     ("adapter_folder",),
     ("grid", "policy_check", "quantised", "plan", "slabs"),
+    ("policy_names", "policy_heads", "policy_layers", "policy_ways", "policy_draft"),
+    ("policy_text", "policy_search", "policy_init"),
     ("staging", "sources", "outputs", "execute", "carrying", "convert", "summary", "demo"),
     ("verify.report", "verify.slots", *FAMILIES, "verify.families.__init__"),
     ("verify.axes", "verify.differences", "verify.ties", "verify.layout", "verify.grid_layout"),
@@ -40,12 +42,14 @@ FLOORS: list[tuple[str, ...]] = [
     ),
     ("verify.preparation", "verify.native", "verify.loss", "verify.forward"),
     ("verify.canaries", "verify.sensitivity", "verify.layers"),
+    ("verify.smaller", "verify.blueprint", "verify.policy_proof", "verify.policy_drafting"),
     ("verify.model_checks", "verify.disk_names", "verify.adapter_checks"),
     ("verify.processes", "verify.together", "verify.run", "verify.__init__"),
     ("api",),
     ("cli.__init__", "cli.options", "cli.render", "cli.carry_out"),
     ("cli.report_text", "cli.junit", "cli.markdown", "cli.report_files"),
-    ("cli.split", "cli.merge", "cli.reshard", "cli.verify", "cli.inspect", "cli.policy", "cli.demo"),
+    ("cli.split", "cli.merge", "cli.reshard", "cli.verify", "cli.inspect", "cli.demo"),
+    ("cli.policy_check", "cli.policy_init", "cli.policy"),
     ("cli.main", "__main__"),
 ]
 ORDER = {module: place for place, module in enumerate(module for floor in FLOORS for module in floor)}
@@ -53,7 +57,7 @@ WITH_TORCH = {name for name in ORDER if name.startswith("verify.")} - {
     "verify.report", "verify.slots", *FAMILIES, "verify.families.__init__",
     "verify.axes", "verify.differences", "verify.ties", "verify.layout", "verify.grid_layout",
     "verify.folding", "verify.adapter_layout_check",
-    "verify.files", "verify.weights", "verify.request", "verify.run", "verify.__init__",
+    "verify.files", "verify.weights", "verify.request", "verify.run", "verify.__init__", "verify.smaller",
 }  # fmt: skip
 
 

@@ -86,6 +86,10 @@ column, gather  lm_head                                                1     0  
 
 policy tiny has a rule for each of 51 tensors
 --tp that works, up to 128: 1, 3, 6
+  not 4-5, 7-8, 10-11, 13-14, 16-17, 19-20, ...: self_attn.q_proj: 6 heads; self_attn.{k_proj,v_proj}: 3 heads; self_attn.o_proj: 6 heads
+  not 9, 15, 21, 27, 33, 39, ...: self_attn.q_proj: 6 heads; self_attn.o_proj: 6 heads
+  not 12, 18, 24, 30, 36, 42, ...: self_attn.o_proj: 6 heads, and a row rule may not replicate
+  not 2: self_attn.{k_proj,v_proj}: 3 heads
 --tp 3    works
 --tp 6    works
 """

@@ -60,6 +60,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() or path.is_symlink() else {}
 
 
+def config_of(path: Path) -> dict[str, Any]:
+    """config.json itself, or that of a folder. Raises InputError where there is none."""
+    return read_json(path / "config.json" if path.is_dir() else path)
+
+
 def find_weights(folder: Path) -> WeightFiles:
     """Which files hold the weights. Raises InputError where there is none, or where it is not clear."""
     present = sorted(_listing(folder))

@@ -45,7 +45,16 @@ def choose_policy(wanted: str, config: Mapping[str, Any]) -> Policy:
 
 def read_policies(path: Path) -> Sequence[Policy]:
     """The policies of a YAML file, in its order."""
-    own = [parse_policy(document) for document in read_documents(path)]
+    return _with_builtin(read_documents(path))
+
+
+def policies_of_text(text: str, file: str) -> Sequence[Policy]:
+    """The policies of a YAML text; ``file`` is its name for messages."""
+    return _with_builtin(parse_documents(text, file))
+
+
+def _with_builtin(documents: Sequence[Node]) -> Sequence[Policy]:
+    own = [parse_policy(document) for document in documents]
     return list(_resolved(own, builtin_policies()).values())
 
 

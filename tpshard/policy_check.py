@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tpshard.assignment import assign, match_all
 from tpshard.checkpoint import Checkpoint
 from tpshard.errors import PolicyError
-from tpshard.partition import Cut, legal_ranks
+from tpshard.layout import Shape
+from tpshard.partition import LARGEST_TP_LISTED, Cut, legal_ranks
 from tpshard.policy import Policy, Rule, rule_cut
+
+RUNS_SHOWN = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,30 @@ class Use:
 
 
 @dataclass(frozen=True, slots=True)
+class Refusal:
+    """Rank counts that the same rules refuse: ``uses`` are what they would have to cut."""
+
+    ranks: tuple[int, ...]
+    uses: tuple[Use, ...]
+
+    def __str__(self) -> str:
+        """``3, 5-7: self_attn.o_proj: 64 heads``: the numbers of units that do not go into these ranks."""
+        return f"{in_runs(self.ranks, RUNS_SHOWN)}: {'; '.join(dict.fromkeys(map(self._reason, self.uses)))}"
+
+    def _reason(self, use: Use) -> str:
+        assert use.rule is not None
+        assert use.cut is not None
+        counts = [block.count for block in use.cut.blocks if block.named]
+        noun = "units" if use.rule.heads is None and not isinstance(use.rule.parts, tuple) else "heads"
+        doubled = not use.cut.replicable and all(ranks % count == 0 for ranks in self.ranks for count in counts)
+        why = ", and a row rule may not replicate" if doubled else ""
+        return f"{use.rule.key}: {' + '.join(map(str, counts))} {noun if counts != [1] else noun[:-1]}{why}"
+
+    def as_json(self) -> dict[str, Any]:
+        return {"tp": list(self.ranks), "rules": [use.as_json() for use in self.uses], "problem": str(self)}
+
+
+@dataclass(frozen=True, slots=True)
 class Trial:
     """Whether the checkpoint can be cut for so many ranks; ``problem`` is empty where it can."""
 
@@ -53,12 +80,14 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class PolicyCheck:
-    """``legal``: the rank counts up to 128 at which the whole checkpoint can be cut."""
+    """``legal``: the rank counts up to 128 at which the whole checkpoint can be cut; ``refusals``: why not the others,
+    the largest group first."""
 
     policy: Policy
     tensors: int
     uses: tuple[Use, ...]
     legal: tuple[int, ...]
+    refusals: tuple[Refusal, ...]
     trials: tuple[Trial, ...]
     warnings: tuple[str, ...]
 
@@ -77,18 +106,29 @@ class PolicyCheck:
             "tensors": self.tensors,
             "rules": [use.as_json() for use in self.uses],
             "legal_tp": list(self.legal),
+            "refusals": [refusal.as_json() for refusal in self.refusals],
             "trials": [trial.as_json() for trial in self.trials],
             "warnings": list(self.warnings),
         }
 
 
 def check_policy(policy: Policy, checkpoint: Checkpoint, ranks: Sequence[int] = ()) -> PolicyCheck:
+    """Match every tensor of a checkpoint and try every rank count. Raises PolicyError as ``check_shapes`` does."""
+    return check_shapes(policy, checkpoint.config, checkpoint.shapes, ranks, checkpoint.warnings)
+
+
+def check_shapes(
+    policy: Policy,
+    config: Mapping[str, Any],
+    shapes: Mapping[str, Shape],
+    ranks: Sequence[int] = (),
+    warnings: Sequence[str] = (),
+) -> PolicyCheck:
     """Match every tensor and try every rank count.
 
     Raises PolicyError where tensors have no rule or two, and where a rule cannot apply at any rank count (heads that
     do not divide an axis, a key that the config lacks).
     """
-    shapes, config = checkpoint.shapes, checkpoint.config
     unused = assign(policy, config, shapes, 1).unused  # one rank takes any units: what fails here fails everywhere
     counted: Counter[tuple[Rule | None, int | None, Cut | None]] = Counter()
     rules = match_all(policy, shapes)
@@ -97,29 +137,42 @@ def check_policy(policy: Policy, checkpoint: Checkpoint, ranks: Sequence[int] = 
         counted[rule, axis, cut] += 1
     order = {id(rule): place for place, rule in enumerate(policy.rules)}
     uses = [Use(rule, count, axis, cut) for (rule, axis, cut), count in counted.items()]
+    uses.sort(key=lambda use: (order.get(id(use.rule), len(order)), use.cut is None))
     return PolicyCheck(
         policy=policy,
         tensors=len(shapes),
-        uses=tuple(sorted(uses, key=lambda use: (order.get(id(use.rule), len(order)), use.cut is None))),
-        legal=tuple(legal_ranks(cut for _, _, cut in counted if cut)),
-        trials=tuple(_trial(policy, checkpoint, count) for count in ranks),
-        warnings=(*checkpoint.warnings, *(f"{rule.mark}: rule '{rule.key}' matches no tensor" for rule in unused)),
+        uses=tuple(uses),
+        legal=tuple(legal_ranks(use.cut for use in uses if use.cut)),
+        refusals=_refusals(uses),
+        trials=tuple(_trial(policy, config, shapes, count) for count in ranks),
+        warnings=(*warnings, *(f"{rule.mark}: rule '{rule.key}' matches no tensor" for rule in unused)),
     )
 
 
-def _trial(policy: Policy, checkpoint: Checkpoint, ranks: int) -> Trial:
+def _refusals(uses: Sequence[Use]) -> tuple[Refusal, ...]:
+    legal = [set(legal_ranks([use.cut])) if use.cut else set(range(1, LARGEST_TP_LISTED + 1)) for use in uses]
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for ranks in range(1, LARGEST_TP_LISTED + 1):
+        against = tuple(place for place, fits in enumerate(legal) if ranks not in fits)
+        if against:
+            groups.setdefault(against, []).append(ranks)
+    found = [Refusal(tuple(ranks), tuple(uses[place] for place in against)) for against, ranks in groups.items()]
+    return tuple(sorted(found, key=lambda refusal: (-len(refusal.ranks), refusal.ranks)))
+
+
+def _trial(policy: Policy, config: Mapping[str, Any], shapes: Mapping[str, Shape], ranks: int) -> Trial:
     try:
-        assign(policy, checkpoint.config, checkpoint.shapes, ranks)
+        assign(policy, config, shapes, ranks)
     except PolicyError as error:
         return Trial(ranks, error.message)
     return Trial(ranks, "")
 
 
-def in_runs(numbers: Sequence[int]) -> str:
-    """Whole numbers in few words.
+def in_runs(numbers: Sequence[int], most: int | None = None) -> str:
+    """Whole numbers in few words; of more than ``most`` runs the first ones.
 
-    >>> in_runs([1, 2, 3, 6, 12]), in_runs(range(1, 129))
-    ('1-3, 6, 12', '1-128')
+    >>> in_runs([1, 2, 3, 6, 12]), in_runs(range(1, 129)), in_runs(range(1, 128, 2), 3)
+    ('1-3, 6, 12', '1-128', '1, 3, 5, ...')
     """
     runs: list[list[int]] = []
     for number in numbers:
@@ -127,7 +180,8 @@ def in_runs(numbers: Sequence[int]) -> str:
             runs[-1][1:] = [number]
         else:
             runs.append([number])
-    return ", ".join("-".join(map(str, run)) for run in runs)
+    shown = runs if most is None or len(runs) <= most + 1 else runs[:most]
+    return ", ".join("-".join(map(str, run)) for run in shown) + (", ..." if len(shown) < len(runs) else "")
 
 
 def in_words(cut: Cut | None) -> str:

@@ -47,6 +47,11 @@ def say(text: str) -> None:
     click.echo(text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
+def note(text: str) -> None:
+    """Text on stderr, beside a result on stdout."""
+    click.echo(text.encode("utf-8", "backslashreplace").decode("utf-8"), err=True)
+
+
 def emit(data: dict[str, Any]) -> None:
     """One JSON object on stdout."""
     say(json.dumps(data, indent=1, ensure_ascii=False))
