@@ -26,7 +26,7 @@ def test_each_model_type_of_a_policy_is_here() -> None:
     accepted = {
         (str(kind), name) for name, policy in builtin_policies().items() for kind in policy.applies_to["model_type"]
     }
-    assert {(found.model_type, found.policy) for found in ALL} == accepted
+    assert {(kind, found.policy) for found in ALL for kind in (found.model_type, *found.also)} == accepted
 
 
 def test_names_are_unique() -> None:

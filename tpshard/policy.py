@@ -19,7 +19,7 @@ from tpshard.patterns import Index, Pattern
 from tpshard.roles import Gather, Kind, Role
 
 KINDS: tuple[Kind, ...] = ("column", "row", "replicate")
-RULE_KEYS = ("rule", "dims", "heads", "unit", "parts", "gather", "uneven", "pad")
+RULE_KEYS = ("rule", "dims", "stacked", "heads", "unit", "parts", "gather", "uneven", "pad")
 POLICY_KEYS = ("name", "description", "for", "extends", "vars", "default", "rules")
 
 Expression = str | int
@@ -38,6 +38,7 @@ class Rule:
     mark: Mark
     kind: Kind
     dims: str = ""
+    stacked: Expression | None = None
     heads: Expression | None = None
     unit: Expression | None = None
     parts: Parts | None = None
@@ -160,6 +161,16 @@ def _calculator(rule: Rule, policy: Policy, config: Mapping[str, Any]) -> Calcul
 
 
 def _blocks(rule: Rule, size: int, compute: Calculator) -> tuple[Block, ...]:
+    """Of the whole axis: where it is a stack, those of one thing in it, again and again."""
+    if rule.stacked is None:
+        return _blocks_of_one(rule, size, compute)
+    count = compute("stacked", rule.stacked)
+    if size % count:
+        raise rule.fail(f"{count} stacked do not divide an axis of {size}")
+    return _blocks_of_one(rule, size // count, compute) * count
+
+
+def _blocks_of_one(rule: Rule, size: int, compute: Calculator) -> tuple[Block, ...]:
     if rule.heads is not None:
         heads = compute("heads", rule.heads)
         if size % heads:
