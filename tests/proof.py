@@ -57,6 +57,8 @@ def prove(architecture: Architecture, source: Path, scratch: Path, tp: int) -> P
     assert layout in (Verdict.PASS, Verdict.INCONCLUSIVE), report
     assert verdicts == dict.fromkeys(CHECKS, Verdict.PASS), report
     assert report.verdict is Verdict.PASS, report
+    (generic,) = (check for check in report.checks if check.name == "generic")
+    assert not any("experts were not reached" in note for note in generic.notes), generic
     run(plan_merge(scratch / "shards", scratch / "merged"))
     for file in sorted(source.glob("*.safetensors")):
         assert load(scratch / "merged" / file.name) == load(file)

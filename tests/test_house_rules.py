@@ -22,7 +22,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("policy_check", "quantised", "plan", "slabs"),
     ("staging", "sources", "outputs", "execute", "convert", "summary", "demo"),
     ("verify.report", "verify.slots", *FAMILIES, "verify.families.__init__"),
-    ("verify.axes", "verify.differences", "verify.ties", "verify.layout"),
+    ("verify.axes", "verify.differences", "verify.ties", "verify.siblings", "verify.layout"),
     ("verify.files", "verify.weights", "verify.request"),
     ("verify.values", "verify.blocks", "verify.block_tensor", "verify.block_operations", "verify.generic"),
     ("verify.inputs", "verify.models", "verify.factory_model", "verify.placement", "verify.gradients"),
@@ -47,7 +47,7 @@ FLOORS: list[tuple[str, ...]] = [
 ORDER = {module: place for place, module in enumerate(module for floor in FLOORS for module in floor)}
 WITH_TORCH = {name for name in ORDER if name.startswith("verify.")} - {
     "verify.report", "verify.slots", *FAMILIES, "verify.families.__init__",
-    "verify.axes", "verify.differences", "verify.ties", "verify.layout",
+    "verify.axes", "verify.differences", "verify.ties", "verify.siblings", "verify.layout",
     "verify.files", "verify.weights", "verify.request", "verify.run", "verify.__init__",
 }  # fmt: skip
 

@@ -10,7 +10,8 @@ from tests.architectures import BASE, GROUPED, Architecture
 FREE = GROUPED | {"hidden_size": 44, "head_dim": 6}  # eight heads of 6 are 48, not 44
 BOUND = GROUPED | {"hidden_size": 80}  # where hidden must be heads x head size
 LOCAL = {"num_local_experts": 5, "num_experts_per_tok": 2}
-MOE = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 38}
+CHOSEN = {"num_experts": 5, "num_experts_per_tok": 2}
+MOE = CHOSEN | {"moe_intermediate_size": 38}
 # The first layer dense, the second of experts.
 ROUTED = MOE | {
     "n_routed_experts": 5, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
@@ -21,7 +22,7 @@ LATENT: Mapping[str, Any] = {
     "num_attention_heads": 12,
     "num_key_value_heads": 12,
     "hidden_size": 84,
-    "kv_lora_rank": 17,
+    "kv_lora_rank": 18,
     "q_lora_rank": 25,
     "qk_nope_head_dim": 10,
     "qk_rope_head_dim": 6,
@@ -54,9 +55,9 @@ ARCHITECTURES = (
     Architecture("afmoe", "moe", FREE | MOE | {"num_dense_layers": 1, "num_shared_experts": 1}),
     Architecture("laguna", "moe", FREE | MOE | {"shared_expert_intermediate_size": 34}),
     Architecture("mellum", "moe", FREE | MOE),
-    Architecture("cohere2_moe", "moe", BOUND | MOE | {"head_dim": 10, "num_shared_experts": 1}),
-    Architecture("olmoe", "olmoe", BOUND | MOE),
-    Architecture("flex_olmo", "olmoe", BOUND | MOE),
+    Architecture("cohere2_moe", "moe", BOUND | CHOSEN | {"head_dim": 10, "num_shared_experts": 1}),
+    Architecture("olmoe", "olmoe", BOUND | CHOSEN),
+    Architecture("flex_olmo", "olmoe", BOUND | CHOSEN),
     Architecture("minimax_m2", "olmoe", FREE | LOCAL),
     Architecture("deepseek_v2", "deepseek", LATENT, TP),
     Architecture("deepseek_v2", "deepseek", LATENT | {"q_lora_rank": None}, TP, variant="lite"),
@@ -65,10 +66,7 @@ ARCHITECTURES = (
     Architecture("glm4_moe_lite", "deepseek", LATENT, TP),
     Architecture("glm_moe_dsa", "deepseek", INDEXED, TP),
     Architecture("mistral4", "deepseek", LATENT, TP),
-    Architecture("longcat_flash", "longcat-flash", LATENT | {"num_layers": 1}, TP),
-    Architecture(
-        "gpt_oss", "gpt-oss", FREE | LOCAL | {"layer_types": ["sliding_attention", "full_attention"]}
-    ),
+    Architecture("gpt_oss", "gpt-oss", FREE | LOCAL | {"layer_types": ["sliding_attention", "full_attention"]}),
     Architecture("llama4_text", "llama4", FREE | LOCAL | {"intermediate_size_mlp": 46, "interleave_moe_layer_step": 2}),
     Architecture("granitemoe", "granitemoe", BOUND | LOCAL),
     Architecture("granitemoeshared", "granitemoe", BOUND | LOCAL | {"shared_intermediate_size": 34}),

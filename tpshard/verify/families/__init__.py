@@ -8,29 +8,51 @@ which word. Sources: the architectures' published modelling code and configs.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from tpshard.verify.families import decoders, encoders
+from tpshard.verify.families import decoders, encoders, experts
 from tpshard.verify.slots import Slot
 
-FAMILIES: Mapping[str, Mapping[str, Slot]] = {**decoders.FAMILIES, **encoders.FAMILIES}
-TIED_BY_DEFAULT = decoders.TIED_BY_DEFAULT | encoders.TIED_BY_DEFAULT
-_HEAD_SIZE_BY_DEFAULT = decoders.HEAD_SIZE_BY_DEFAULT
+FAMILIES: Mapping[str, Mapping[str, Slot]] = {
+    **decoders.FAMILIES,
+    **encoders.FAMILIES,
+    **experts.FAMILIES,
+}
+TIED_BY_DEFAULT = decoders.TIED_BY_DEFAULT | encoders.TIED_BY_DEFAULT | experts.TIED_BY_DEFAULT
+_HEAD_SIZE_BY_DEFAULT: Mapping[str, int] = {**decoders.HEAD_SIZE_BY_DEFAULT, **experts.HEAD_SIZE_BY_DEFAULT}
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Counts of heads, channels and words, and the cells of one head, from config.json. None: it does not say."""
+    """Counts of heads, channels, words and experts, and the cells of one head, from config.json. None: it does not say.
+
+    ``widths``: all keys of the config that are whole numbers, for heads that are not of one size.
+    """
 
     query: int
     key_value: int
     head: int | None = None
     channels: int | None = None
     words: int | None = None
+    experts: int | None = None
+    expert_channels: int | None = None
+    widths: Mapping[str, int] = field(default_factory=dict)
 
-    def of(self, unit: str) -> int | None:
-        return self.channels if unit == "channel" else self.words
+    def channels_of(self, slot: Slot) -> int | None:
+        """Of a feed-forward, or of one expert; those that every token meets may have any number."""
+        match slot.expert:
+            case "":
+                return self.channels
+            case "routed":
+                return self.expert_channels
+            case "shared":
+                return None
+
+    def head_of(self, slot: Slot) -> int | None:
+        if not slot.width:
+            return self.head
+        return sum(self.widths[key] for key in slot.width) if set(slot.width) <= set(self.widths) else None
 
 
 def sizes_of(config: Mapping[str, Any]) -> Sizes | None:
@@ -40,12 +62,23 @@ def sizes_of(config: Mapping[str, Any]) -> Sizes | None:
         return None
     width = _first(config, "hidden_size", "n_embd", "dim", "d_model")
     by_default = _HEAD_SIZE_BY_DEFAULT.get(str(config.get("model_type")))
+    of_experts = config.get("ffn_config")  # DBRX
+    inner = of_experts if isinstance(of_experts, Mapping) else {}
+    of_attention = config.get("attn_config")
     return Sizes(
         query=query,
-        key_value=_first(config, "num_key_value_heads", "num_kv_heads") or query,
-        head=_first(config, "head_dim") or by_default or (width // query if width and width % query == 0 else None),
-        channels=_first(config, "intermediate_size", "n_inner", "hidden_dim"),
+        key_value=_first(config, "num_key_value_heads", "num_kv_heads")
+        or _first(of_attention if isinstance(of_attention, Mapping) else {}, "kv_n_heads")
+        or query,
+        head=_first(config, "head_dim", "kv_channels")
+        or by_default
+        or (width // query if width and width % query == 0 else None),
+        channels=_first(config, "intermediate_size_mlp", "intermediate_size", "n_inner", "hidden_dim"),
         words=_first(config, "vocab_size"),
+        experts=_first(inner, "moe_num_experts"),
+        expert_channels=_first(inner, "ffn_hidden_size")
+        or _first(config, "moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size"),
+        widths={key: value for key in config if (value := _first(config, key)) is not None},
     )
 
 
