@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from tests.architectures import architectures
+from tests.proof import save
 from tests.tampering import NUMPY, Folder, Tensors, read_file, write_file
 from tests.tiny_models import SIZES, save_model
 from tpshard.convert import plan_split, run
@@ -43,8 +45,14 @@ def eight_heads(model_type: str) -> dict[str, Any]:
 
 def make_model(key: str, folder: Path) -> None:
     """``qwen2``, or with a variant: ``/k3`` three key-value heads, for three ranks; ``/h8`` eight query heads, for
-    four; ``/zero`` no biases but zeros; ``/equal`` key-value heads that are all alike; ``/buffers`` a mask's scalar."""
+    four; ``/zero`` no biases but zeros; ``/equal`` key-value heads that are all alike; ``/buffers`` a mask's scalar;
+    ``/square`` experts with as many channels as hidden cells."""
     model_type, _, variant = key.partition("/")
+    if model_type not in SIZES:
+        (found,) = (one for one in architectures() if one.name == model_type)
+        sizes = found.sizes | ({"intermediate_size": found.sizes["hidden_size"]} if variant == "square" else {})
+        save(dataclasses.replace(found, sizes=sizes), folder)
+        return
     changes = eight_heads(model_type) if variant == "h8" else {}
     save_model(model_type, folder, 3 if variant == "k3" else KEY_VALUE_HEADS, **changes)
     match variant:
