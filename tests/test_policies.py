@@ -90,14 +90,25 @@ def old_buffers(checkpoint: Checkpoint) -> dict[str, Shape]:
     """What files of older versions hold besides the weights."""
     layers = {name.partition(".self_attn.")[0] for name in checkpoint.tensors if ".self_attn." in name}
     attentions = {name.rpartition(".c_attn.")[0] for name in checkpoint.tensors if ".c_attn." in name}
+    experts = {name.partition(".experts.")[0] for name in checkpoint.tensors if ".mlp.experts.0.gate_proj." in name}
     embeddings = {name.rpartition(".word_embeddings.")[0] for name in checkpoint.tensors if ".word_embeddings." in name}
     return {
         **{f"{layer}.self_attn.rotary_emb.inv_freq": (5,) for layer in layers},
         **{f"{attention}.bias": (1, 1, 40, 40) for attention in attentions},
         **{f"{attention}.masked_bias": () for attention in attentions},
         **{f"{place}.position_ids": (1, 40) for place in embeddings},
+        **{f"{place}.experts.{name}": (5, 38, 44) for place in experts for name in ("gate_up_proj", "down_proj")},
+        **(FURTHER if experts else {}),
     }
 
+
+FURTHER: dict[str, Shape] = {  # of layers that predict further tokens, beside what all layers have
+    **{f"model.layers.2.{name}.weight": (44,) for name in ("enorm", "hnorm", "shared_head.norm")},
+    **{f"model.mtp_{name}.0.weight": (44,) for name in ("emb_norm", "hidden_norm")},
+    "model.layers.2.eh_proj.weight": (44, 88),
+    "model.mtp_linear_proj.0.weight": (44, 88),
+    "model.layers.2.shared_head.head.weight": (211, 44),
+}
 
 # ---------------------------------------------------------------------------------------------- worked by hand
 
