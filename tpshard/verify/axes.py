@@ -38,6 +38,8 @@ def parts_of(tensor: Stored, slot: Slot, axis: int, sizes: Sizes) -> list[Part]:
     size = tensor.shape[axis]
     query, key_value = sizes.query, sizes.key_value
     match slot.meaning:
+        case "hidden":
+            parts = [Part("hidden cell", size, 1)]
         case "word":
             parts = [Part("word", sizes.words or size, 1)]
         case "channel" if slot.stacked:

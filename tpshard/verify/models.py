@@ -101,8 +101,10 @@ class TransformersModel:
         quiet.disable_progress_bar()
         self._class = _class_of(transformers, config)
         self.name = self._class.__name__
+        by_class: Any = self._class
+        reader: Any = by_class.config_class if config.get("model_type") in _OF_ITS_CLASS else transformers.AutoConfig
         try:
-            self.config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+            self.config = reader.from_pretrained(str(folder), trust_remote_code=False)
         except Exception as error:
             raise InconclusiveError(f"transformers cannot read {folder}/config.json: {one_line(error)}") from None
         self._dtype = dtype
@@ -154,6 +156,10 @@ class TransformersModel:
         except Exception as error:
             hint = "name the model and its inputs with --model"
             raise InconclusiveError(f"no inputs can be made for {self.name}: {one_line(error)}", hint=hint) from None
+
+
+# Names of model types that transformers does not know, of models that are what their ``architectures`` says.
+_OF_ITS_CLASS = frozenset({"kimi_k2"})
 
 
 def _class_of(transformers: Any, config: Mapping[str, Any]) -> Any:

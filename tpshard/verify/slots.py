@@ -9,7 +9,9 @@ from typing import Literal
 
 from tpshard.layout import Shape
 
-Meaning = Literal["query", "key_value", "qkv", "kv", "channel", "gate_up", "gate_up_pairs", "word", "head_cell"]
+Meaning = Literal[
+    "query", "key_value", "qkv", "kv", "channel", "gate_up", "gate_up_pairs", "word", "head_cell", "hidden"
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,7 @@ class Slot:
 
     @property
     def must_be_whole(self) -> bool:
-        return bool(self.all_of) or self.meaning == "head_cell"
+        return bool(self.all_of) or self.meaning in ("head_cell", "hidden")
 
 
 OUT, IN = 0, 1

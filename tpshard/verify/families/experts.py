@@ -53,6 +53,7 @@ _GPT_OSS = {  # stacks [experts, in, out]; gate and up in turn
     "experts.gate_up_proj": Slot("gate_up_pairs", 2, expert="routed"),
     "experts.gate_up_proj_bias": Slot("gate_up_pairs", 1, expert="routed"),
     "experts.down_proj": Slot("channel", 1, consumer=True, expert="routed"),
+    "experts.down_proj_bias": Slot("hidden", 1, expert="routed"),
 }
 _LLAMA4 = {  # stacks [experts, in, out]; gate | up
     **LLAMA,
