@@ -31,7 +31,7 @@ def check_layout_of_grid(shards: Checkpoint) -> CheckResult:
     """``check_layout``, and the places of layers and experts where there are stages, groups or whole experts."""
     assert shards.manifest is not None
     mesh = shards.manifest.mesh
-    found = _Grid(shards, mesh)
+    found = _Grid(shards, mesh, _experts_in(shards))
     if not mesh.is_grid and not found.deals_experts():
         return check_layout(shards)
     findings = [*found.experts(), *found.groups(), *found.stages()]
@@ -45,8 +45,11 @@ def check_layout_of_grid(shards: Checkpoint) -> CheckResult:
 
 @dataclass(frozen=True, slots=True)
 class _Grid:
+    """``count``: of experts, None where there are none."""
+
     shards: Checkpoint
     mesh: Mesh
+    count: int | None
 
     @property
     def tensors(self) -> Mapping[str, Stored]:
@@ -56,15 +59,17 @@ class _Grid:
 
     def deals_experts(self) -> bool:
         """Whether ranks of one group have experts of their own: tensors, or runs of stacked ones."""
+        known = self.shards.config.get("model_type") in FAMILIES
         return any(
-            not all(tensor.layout.shards) or len(set(self._stacked(tensor, self._groups(tensor, 0)) or ())) > 1
+            not all(tensor.layout.shards)
+            or (known and len(set(self._stacked(tensor, self._groups(tensor, 0)) or ())) > 1)
             for tensor in self.tensors.values()
         )
 
     def experts(self) -> Iterator[Finding]:
         """Each expert on one group's ranks, in ascending runs; of stacked experts each group's run of their axis."""
         for tensor in self.tensors.values():
-            number, count = _expert(tensor.name), self._count()
+            number, count = _expert(tensor.name), self.count
             if number is None or count is None:
                 continue
             here = sorted({rank % (self.mesh.ep * self.mesh.tp) for rank in _holders(tensor)})
@@ -72,11 +77,6 @@ class _Grid:
             if here not in wanted:
                 says = f"expert {number} of {count} is on ranks {_runs(here)} of its stage"
                 yield Finding(f"{says}, belongs on {_runs(wanted[0])}", tensor=tensor.name)
-
-    def _count(self) -> int | None:
-        found = [self.shards.config.get(key) for key in _COUNTS]
-        numbers = [n for name in self.tensors if (n := _expert(name)) is not None]
-        return next((n for n in found if isinstance(n, int) and n > 0), max(numbers) + 1 if numbers else None)
 
     def _ways(self) -> list[int]:
         """Into how many groups experts may have been dealt: all ranks of a group have them, or each has its own."""
@@ -119,7 +119,7 @@ class _Grid:
         family = FAMILIES.get(str(self.shards.config.get("model_type")))
         slot = slot_of(family, tensor.name) if family else None
         of_experts = family is None or (slot is not None and slot.expert == "routed")
-        if len(tensor.shape) < 2 or not of_experts or tensor.shape[0] != self._count():
+        if len(tensor.shape) < 2 or not of_experts or tensor.shape[0] != self.count:
             return None
         for pieces in (groups, [(shard,) for group in groups for shard in group]):
             runs = [{shard.spans[0] if shard else () for shard in piece} for piece in pieces]
@@ -180,6 +180,13 @@ class _Grid:
         elif not all(group):
             group = tuple(next(filter(None, group)) for _ in group)  # whole experts
         return replace(tensor, layout=Layout(tensor.shape, group), places=tensor.places[: self.mesh.tp])
+
+
+def _experts_in(shards: Checkpoint) -> int | None:
+    """How many experts there are by config.json, or else by the names."""
+    found = [shards.config.get(key) for key in _COUNTS]
+    numbers = [n for name in shards.tensors if (n := _expert(name)) is not None]
+    return next((n for n in found if isinstance(n, int) and n > 0), max(numbers) + 1 if numbers else None)
 
 
 def _expert(name: str) -> int | None:

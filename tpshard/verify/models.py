@@ -101,10 +101,13 @@ class TransformersModel:
         quiet.disable_progress_bar()
         self._class = _class_of(transformers, config)
         self.name = self._class.__name__
-        by_class: Any = self._class
-        reader: Any = by_class.config_class if config.get("model_type") in _OF_ITS_CLASS else transformers.AutoConfig
+        own: Any = self._class
+        named_otherwise = config.get("model_type") in _OF_ITS_CLASS
+        reader: Any = own.config_class if named_otherwise else transformers.AutoConfig
         try:
             self.config = reader.from_pretrained(str(folder), trust_remote_code=False)
+            if named_otherwise:  # how names on disk become the module's goes by this
+                self.config.model_type = own.config_class.model_type
         except Exception as error:
             raise InconclusiveError(f"transformers cannot read {folder}/config.json: {one_line(error)}") from None
         self._dtype = dtype
