@@ -25,6 +25,7 @@ from tests.planting import (
     columns_moved,
     dealt_by_rank,
     disguised,
+    experts_dealt_in_turn,
     folder_fault,
     halves_to_pairs,
     inside_heads,
@@ -422,8 +423,20 @@ def hidden_by_the_weights() -> Iterator[Fault]:
         )
 
 
+def wrong_groups() -> Iterator[Fault]:
+    what, said = "experts dealt to groups in turn, not in runs", "expert 1 of 6 is on ranks 2-3"
+    yield Fault("W47", what, "mixtral/six", 2, experts_dealt_in_turn, LAYOUT, said)
+
+
 def all_faults() -> list[Fault]:
-    return [*wrong_layouts(), *other_sources(), *wrong_bytes(), *wrong_folders(), *hidden_by_the_weights()]
+    return [
+        *wrong_layouts(),
+        *wrong_groups(),
+        *other_sources(),
+        *wrong_bytes(),
+        *wrong_folders(),
+        *hidden_by_the_weights(),
+    ]
 
 
 # ---------------------------------------------------------------------------------------------- E
@@ -564,7 +577,6 @@ REFUSALS = [
 NOT_PLANTED = {
     "W32": "ALiBi slopes are computed by the engine and stored nowhere; no built-in policy is for such a model",
     "W43": "what an engine does with the logits of padded rows is not in the shards; that padding is zero is checked",
-    "W47": "needs whole experts dealt to ranks (expert parallelism)",
     "W55": "no checkpoint fuses the ways down to the two latents; engines do, when they load",
     "W56 to W60": "need policies for Mamba",
     "W64": "adapters alone are no checkpoint for split",
