@@ -7,6 +7,7 @@ R wrong bytes, M wrong manifests, policies and folders, E equivalents (must not 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from tests.planting import (
     columns_moved,
     dealt_by_rank,
     disguised,
+    experts_dealt_in_turn,
     folder_fault,
     halves_to_pairs,
     inside_heads,
@@ -126,6 +128,7 @@ NAMES = {
     "starcoder2": _LLAMA | {"up": "layers.#.mlp.c_fc", "down": "layers.#.mlp.c_proj"},
     "gpt2": _GPT2,
     "bert": _BERT,
+    **dict.fromkeys(("mixtral", "granitemoe", "gpt_oss", "deepseek_v3"), _LLAMA),  # but for the feed-forward
 }
 
 
@@ -172,6 +175,24 @@ WRONG_POLICIES = [
     ("W33", "norms of each head whole, its heads cut", "$q_norm: replicate", LAYOUT, "$q_norm", "cohere@2 cohere/k3@3 cohere@6"),
     ("W44", "words cut on hidden, not gathered", "$words: {rule: column, dims: io}", MODEL, "$words", "qwen2@2 bert@2+ gpt2@3 llama/k3@3 gemma2@2 cohere@2"),
     ("W46", "output head not gathered", "$head: column", FORWARD, "$head", "qwen2@2 llama/k3@3 phi3@6 qwen3/h8@4"),
+    ("W48", "stacked gate | up of experts cut into equal blocks", "block_sparse_moe.input_linear: {rule: column, dims: eoi}", MODEL, "input_linear", "granitemoe@2 granitemoe@4"),
+    ("W48", "stacked gate | up of experts cut as if in turn", "block_sparse_moe.input_linear: {rule: column, dims: eoi, unit: 2}", MODEL, "input_linear", "granitemoe@2 granitemoe@4"),
+    ("W48", "gate and up of experts in turn, cut as halves", "mlp.experts.{gate_up_proj,gate_up_proj_bias}: {rule: column, dims: eio, parts: 2}", MODEL, "experts.gate_up_proj", "gpt_oss@2 gpt_oss@4"),
+    ("W48", "gate and up of experts in turn, cut inside a pair", "mlp.experts.{gate_up_proj,gate_up_proj_bias}: {rule: column, dims: eio, unit: 1, uneven: true}", MODEL, "experts.gate_up_proj", "gpt_oss@8"),
+    ("W48", "experts' way down cut on its out axis", "mlp.experts.{down_proj,down_proj_bias}: {rule: column, dims: eio}", MODEL, "experts.down_proj", "gpt_oss@2 gpt_oss@4"),
+    ("W48", "experts' way down cut on its out axis", "block_sparse_moe.output_linear: {rule: column, dims: eoi}", MODEL, "output_linear", "granitemoe@2"),
+    ("W48", "one expert whole, its siblings cut", "experts.1.{w1,w2,w3}: replicate", MODEL, "experts.1.w1", "mixtral@2 mixtral@8"),
+    ("W48", "one expert whole, its siblings cut", "mlp.experts.3.{gate_proj,up_proj,down_proj}: replicate", MODEL, "experts.3.gate_proj", "deepseek_v3@2 deepseek_v3@3"),
+    ("W48", "one expert's channels dealt otherwise", "experts.1.{w1,w3}: {rule: column, parts: 2, uneven: true}\nexperts.1.w2: {rule: row, parts: 2, uneven: true}", LAYOUT, "experts.1.w1", "mixtral@2 mixtral@4"),
+    ("W51", "router split by experts", "block_sparse_moe.gate: column", MODEL, "block_sparse_moe.gate", "mixtral@2 mixtral@4"),
+    ("W51", "router split by experts", "mlp.router: column", MODEL, "mlp.router", "gpt_oss@2"),
+    ("W51", "router split by experts", "block_sparse_moe.router.layer: column", MODEL, "router.layer", "granitemoe@4"),
+    ("W51", "router and its correction split by experts", "mlp.gate: column", MODEL, "mlp.gate", "deepseek_v3@2 deepseek_v3@4"),
+    ("W51", "router's correction split, all zero", "mlp.gate.e_score_correction_bias: column", frozenset({"layout", "generic"}), "e_score_correction_bias", "deepseek_v3@2 deepseek_v3@3"),
+    ("W53", "up from the latent cut as keys | values", "self_attn.kv_b_proj: {rule: column, parts: [[H, qk_nope_head_dim], [H, v_head_dim]]}", MODEL, "kv_b_proj", "deepseek_v3@2 deepseek_v3@3 deepseek_v3@4"),
+    ("W54", "way down to the latent split", "self_attn.kv_a_proj_with_mqa: column", MODEL, "kv_a_proj_with_mqa", "deepseek_v3@2 deepseek_v3@3"),
+    ("W54", "way down to the queries' latent split", "self_attn.q_a_proj: column", MODEL, "q_a_proj", "deepseek_v3@2 deepseek_v3@4"),
+    ("W33", "sinks of all heads whole, the heads cut", "self_attn.sinks: replicate", LAYOUT, "self_attn.sinks", "gpt_oss@2 gpt_oss@8"),
     ("M18", "policy changed to match wrong shards", "$qkv: {rule: column, dims: $dims}", MODEL, "$qkv", "phi3@2 gpt2@3"),
 ]  # fmt: skip
 
@@ -190,6 +211,9 @@ WRONG_LAYOUTS: list[tuple[str, str, str, Callable[[Layout], Layout], Role | None
     ("W41", "vocabulary dealt by another rounding", "$words", last_rank_takes_more, None, LAYOUT, "qwen2@2 gpt2@2 bert@6 llama/k3@3"),
     ("W63", "no sum after attention", "$o.weight", same, Role("replicate"), FORWARD, "qwen2@2 llama/k3@3 phi3@6 gpt2@2 bert@3 cohere@2"),
     ("W63", "no sum after the feed-forward", "$down.weight", same, Role("replicate"), FORWARD, "gpt2@2 llama/k3@3 bert@3 glm4@2"),
+    ("W15", "sinks in reverse rank order", "self_attn.sinks", reverse, None, MODEL, "gpt_oss@2 gpt_oss@8"),
+    ("W16", "experts' way down in reverse rank order", "experts.3.w2.weight", reverse, None, MODEL, "mixtral@2 mixtral@8"),
+    ("W18", "bias of experts added by every rank", "experts.down_proj_bias", same, Role("replicate"), FORWARD, "gpt_oss@2"),
     ("R08", "what does not divide is lost", "$words", remainder_lost, None, frozenset({"weights", "layout"}), "qwen2@2 gpt2@2 bert@6"),
     ("R09", "one word on two ranks", "$words", overlapping_row, None, frozenset({"weights", "layout"}), "qwen2@2 gpt2@2 bert@2"),
     ("R09", "one channel on two ranks", "$up.weight", overlapping_row, None, LAYOUT, "qwen2@2 bert@2"),
@@ -207,7 +231,7 @@ def wrong_layouts() -> Iterator[Fault]:
         for model, tp, usual in places(where):
             part_of_name = named(model, part)
             plant = layout_fault(part_of_name, change, role)
-            layer = part_of_name.removesuffix(".weight").removesuffix(".bias")
+            layer = re.sub(r"\.(weight|bias|down_proj_bias)$", "", part_of_name)  # where it is the module's own
             yield Fault(id_, what, model, tp, plant, caught, layer, usual=usual)
 
 
@@ -233,12 +257,26 @@ def _transpose(arrays: Arrays, part: str) -> None:
         arrays[name] = np.ascontiguousarray(arrays[name].T)
 
 
+def _turned(arrays: Arrays, part: str, turn: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Stacks of matrices, and of their biases, in another order."""
+    for name in [name for name in arrays if part in name]:
+        arrays[name] = np.ascontiguousarray(turn(arrays[name]))
+
+
 OTHER_SOURCES: list[tuple[str, str, Callable[[Arrays], object], str, str]] = [
     ("W05", "k and v exchanged in q | k | v", columns_moved("c_attn", blocks_exchanged(1, 2, 3)), "$qkv", "gpt2@2 gpt2@3"),
     ("W05", "k and v exchanged", lambda a: _exchange(a, "self.key", "self.value"), "$k", "bert@2 bert@6"),
     ("W06", "source has each rank's q, k, v in turn", columns_moved("c_attn", dealt_by_rank(3, 2)), "$qkv", "gpt2@2 gpt2@3"),
     ("W08", "gate and up exchanged", rows_moved({"gate_up_proj": blocks_exchanged(0, 1, 2)}), "$gate_up", "phi3@2 glm4/k3@3"),
     ("W08", "gate and up exchanged", lambda a: _exchange(a, "gate_proj", "up_proj"), "$gate", "llama@2 qwen2@6"),
+    ("W49", "gate and up of experts exchanged", lambda a: _exchange(a, ".w1.", ".w3."), "block_sparse_moe", "mixtral@2 mixtral@8"),
+    ("W49", "gate and up of one expert exchanged", lambda a: _exchange(a, "experts.3.gate_proj", "experts.3.up_proj"), "mlp.experts", "deepseek_v3@2"),
+    ("W49", "gate and up of stacked experts exchanged", lambda a: _turned(a, "input_linear", lambda w: np.roll(w, 52, axis=1)), "block_sparse_moe", "granitemoe@2"),
+    ("W49", "gate and up of stacked experts exchanged", lambda a: _turned(a, "gate_up_proj", lambda w: w[..., np.arange(104) ^ 1]), "mlp.experts", "gpt_oss@2 gpt_oss@4"),
+    ("W50", "experts transposed, as many channels as hidden", lambda a: _transpose(a, ".w2."), "block_sparse_moe", "mixtral/square@2"),
+    ("W50", "stacked experts transposed, as many channels as hidden", lambda a: _turned(a, "output_linear", lambda w: w.swapaxes(1, 2)), "block_sparse_moe", "granitemoe/square@2"),
+    ("R11", "two experts exchanged", lambda a: _exchange(a, "experts.1.", "experts.4."), "block_sparse_moe", "mixtral@2"),
+    ("R11", "two experts of a stack exchanged", lambda a: _turned(a, "down_proj", lambda w: w[[0, 4, 2, 3, 1]]), "mlp.experts", "gpt_oss@2"),
     ("W34", "rotary pairs in Meta's order", rows_moved({"q_proj": halves_to_pairs, "k_proj": halves_to_pairs}), "$q", "llama@2 qwen2@6 qwen3/h8@4"),
     ("W36", "v in Meta's rotary order, too", rows_moved({"v_proj": halves_to_pairs}), "$v", "llama@2 qwen2@6"),
     ("W37", "whole heads permuted, partly rotated", rows_moved({"q_proj": halves_to_pairs, "k_proj": halves_to_pairs}), "$q", "phi@2 stablelm/k3@3"),
@@ -385,8 +423,20 @@ def hidden_by_the_weights() -> Iterator[Fault]:
         )
 
 
+def wrong_groups() -> Iterator[Fault]:
+    what, said = "experts dealt to groups in turn, not in runs", "expert 1 of 6 is on ranks 2-3"
+    yield Fault("W47", what, "mixtral/six", 2, experts_dealt_in_turn, LAYOUT, said)
+
+
 def all_faults() -> list[Fault]:
-    return [*wrong_layouts(), *other_sources(), *wrong_bytes(), *wrong_folders(), *hidden_by_the_weights()]
+    return [
+        *wrong_layouts(),
+        *wrong_groups(),
+        *other_sources(),
+        *wrong_bytes(),
+        *wrong_folders(),
+        *hidden_by_the_weights(),
+    ]
 
 
 # ---------------------------------------------------------------------------------------------- E
@@ -470,7 +520,7 @@ def equivalents() -> Iterator[Equivalent]:
     yield Equivalent("E08", "output head padded, not recorded", "qwen2", 2, longer, FILES)
 
 
-CLEAN = "qwen2@1 qwen2@2 qwen2@6 llama/k3@3 llama/h8@4 qwen3@2 phi3@2 phi3/k3@3 gpt2@2 gpt2@3 gpt2/h8@4 bert@2 bert@6 olmo2@2 olmo2@6 cohere@2 cohere/k3@3 gemma2@2 glm4@2 starcoder2/k3@3 phi@2 stablelm@6 granite@2"  # fmt: skip
+CLEAN = "mixtral@2 granitemoe@2 gpt_oss@4 deepseek_v3@3 qwen2@1 qwen2@2 qwen2@6 llama/k3@3 llama/h8@4 qwen3@2 phi3@2 phi3/k3@3 gpt2@2 gpt2@3 gpt2/h8@4 bert@2 bert@6 olmo2@2 olmo2@6 cohere@2 cohere/k3@3 gemma2@2 glm4@2 starcoder2/k3@3 phi@2 stablelm@6 granite@2"  # fmt: skip
 USUALLY_CLEAN = {"qwen2@1", "qwen2@2", "qwen2@6", "qwen3@2", "phi3@2", "gpt2@2", "gpt2@3", "bert@2", "bert@6"}
 
 
@@ -527,8 +577,7 @@ REFUSALS = [
 NOT_PLANTED = {
     "W32": "ALiBi slopes are computed by the engine and stored nowhere; no built-in policy is for such a model",
     "W43": "what an engine does with the logits of padded rows is not in the shards; that padding is zero is checked",
-    "W47 to W51": "need policies for mixtures of experts",
-    "W53 to W55": "need policies for multi-head latent attention",
+    "W55": "no checkpoint fuses the ways down to the two latents; engines do, when they load",
     "W56 to W60": "need policies for Mamba",
     "W64": "is planted into adapters, which have tests of their own (tests/test_lora.py)",
     "W65": "needs policies for models of text and images",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,11 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from tests.architectures import architectures
+from tests.proof import save
 from tests.tampering import NUMPY, Folder, Tensors, read_file, write_file
 from tests.tiny_models import SIZES, save_model
 from tpshard.convert import plan_split, run
 from tpshard.layout import Layout, Shard, Span
 from tpshard.library import choose_policy
+from tpshard.mesh import Grid, Mesh
 from tpshard.plan import Item
 from tpshard.roles import Role
 
@@ -43,8 +47,14 @@ def eight_heads(model_type: str) -> dict[str, Any]:
 
 def make_model(key: str, folder: Path) -> None:
     """``qwen2``, or with a variant: ``/k3`` three key-value heads, for three ranks; ``/h8`` eight query heads, for
-    four; ``/zero`` no biases but zeros; ``/equal`` key-value heads that are all alike; ``/buffers`` a mask's scalar."""
+    four; ``/zero`` no biases but zeros; ``/equal`` key-value heads that are all alike; ``/buffers`` a mask's scalar;
+    ``/square`` experts with as many channels as hidden cells; ``/six`` six experts."""
     model_type, _, variant = key.partition("/")
+    if model_type not in SIZES:
+        (found,) = (one for one in architectures() if one.name == model_type)
+        more = {"square": {"intermediate_size": found.sizes.get("hidden_size")}, "six": {"num_local_experts": 6}}
+        save(dataclasses.replace(found, sizes={**found.sizes, **more.get(variant, {})}), folder)
+        return
     changes = eight_heads(model_type) if variant == "h8" else {}
     save_model(model_type, folder, 3 if variant == "k3" else KEY_VALUE_HEADS, **changes)
     match variant:
@@ -119,6 +129,22 @@ def layout_fault(part_of_name: str, change: Callable[[Layout], Layout], role: Ro
         run(dataclasses.replace(conversion, plan=plan, roles=roles))
 
     return plant
+
+
+def experts_dealt_in_turn(source: Path, target: Path, tp: int) -> None:
+    """Two groups of experts, of which one has the even and the other the odd ones, in place of a run each."""
+    conversion = plan_split(source, target, Grid(Mesh(tp=tp, ep=2)))
+    wanted = {item.stored.name: item.want for item in conversion.plan.items}
+
+    def in_turn(name: str) -> Layout:
+        expert = re.search(r"(?<=experts\.)\d+", name)
+        if expert is None:
+            return wanted[name]
+        of_group = (0, 5)[int(expert[0]) % 2]  # the first and the last of six
+        return wanted[name[: expert.start()] + str(of_group) + name[expert.end() :]]
+
+    items = tuple(Item(item.stored, in_turn(item.stored.name)) for item in conversion.plan.items)
+    run(dataclasses.replace(conversion, plan=dataclasses.replace(conversion.plan, items=items)))
 
 
 def source_fault(change: Callable[[Arrays], object]) -> Plant:

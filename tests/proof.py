@@ -58,6 +58,8 @@ def prove(architecture: Architecture, source: Path, scratch: Path, tp: int) -> P
     assert layout in (Verdict.PASS, Verdict.INCONCLUSIVE), report
     assert verdicts == dict.fromkeys(CHECKS, Verdict.PASS), report
     assert report.verdict is Verdict.PASS, report
+    idle = [_unreached(report, name) for name in ("forward", "generic")]
+    assert not idle[0] & idle[1], "experts that no token reached"
     run(plan_merge(scratch / "shards", scratch / "merged"))
     for file in sorted(source.glob("*.safetensors")):
         assert load(scratch / "merged" / file.name) == load(file)
@@ -71,6 +73,12 @@ def prove(architecture: Architecture, source: Path, scratch: Path, tp: int) -> P
         layout.name,
         replicated(conversion),
     )
+
+
+def _unreached(report: Report, name: str) -> set[str]:
+    """Parameters whose experts were not all reached in a check."""
+    (notes,) = (check.notes for check in report.checks if check.name == name)
+    return {note.partition(":")[0] for note in notes if "experts were not reached" in note}
 
 
 def figures(report: Report, name: str) -> Mapping[str, Any]:

@@ -367,6 +367,8 @@ def noted(tape: Tape, shape: tuple[int, ...]) -> torch.Tensor:
                     cells = cells.narrow(values[0], values[1], values[2] - values[1])
                 case "permute":
                     cells = cells.permute(values)
+                case "view":
+                    cells = cells.reshape(values)
                 case _:
                     raise AssertionError(step)
         total.view(-1).index_add_(0, cells.reshape(-1), grad.reshape(-1))
@@ -425,6 +427,50 @@ def test_gradients_are_autograds(name: str, placed: str, turned: bool, chunk: in
     got.backward(cotangent)
     agree(h.grad, of_input)
     agree(noted(context.tape, shape), of_weight)
+
+
+ROWS = (12, 5)  # three matrices of four rows, or four of three, one after another
+
+
+@pytest.mark.parametrize("edges", [((), ()), ((3, 9), ()), ((1, 5, 6), (2,))])
+def test_matrices_one_after_another_in_an_axis(edges: tuple[tuple[int, ...], ...], chunk: int) -> None:
+    for skip, turned in itertools.product((0, 2), (False, True)):
+        numbers = Numbers()
+        context = context_of(numbers)
+        context.tape = Tape.new(torch.device("cpu"))
+        w, dense = parameter(ROWS, boxed(ROWS, *edges, skip=skip), context, turned=turned)
+        for stack in (w.view(-1, 4, 5), w.view((4, 3, 5)), w.reshape(3, 4, 5), torch.reshape(w, (3, 4, 5))):
+            assert isinstance(stack, BlockTensor)
+        assert numbers.largest == 0
+        agree(w.view(-1, 3, 5).detach(), dense.view(-1, 3, 5))
+        agree(w.view(3, 4, 5)[2].T.detach(), dense.view(3, 4, 5)[2].T)
+        leaf = dense.clone().requires_grad_()
+        got, want = (x(2, 5) @ m.view(-1, 4, 5)[1].T @ m.view(-1, 4, 5)[2] for m in (w, leaf))
+        agree(got, want)
+        got.sum().backward()
+        want.sum().backward()
+        agree(noted(context.tape, ROWS), leaf.grad)
+    for shape in ((-1, 20), (6, 10), (2, 5, 6), (3, 2, 2, 5)):
+        agree(w.view(*shape), dense.view(*shape))
+    for shape in ((-1, 5, 5), (4, 4, 5), (0, 4, 5)):
+        with pytest.raises(RuntimeError):
+            w.view(*shape)
+
+
+def test_what_is_multiplied_by_a_matrix_of_a_stack_is_noted() -> None:
+    """By one that is chosen, and not by one to which only zeros or nothing come."""
+    context = context_of(Numbers())
+    w, _ = parameter(STACK, PLACES["whole"][1], context, "stack")
+    rows, _ = parameter(ROWS, boxed(ROWS, (), ()), context, "rows")
+    matrix, _ = parameter(MATRIX, PLACES["whole"][0], context)
+    for expert in w:
+        expert.T.detach()
+    _ = torch.zeros(2, 5, dtype=torch.float64) @ w[0], x(0, 5) @ w[0], x(2, 4) @ w[1].T, F.linear(x(2, 5), matrix)
+    _ = rows.view(-1, 4, 5)[0], F.linear(x(2, 5), rows.view(-1, 4, 5)[2]), w[2] * 2
+    assert {key: (found.count, found.numbers) for key, found in context.reached.items()} == {
+        "stack": (3, {1, 2}),
+        "rows": (3, {2}),
+    }
 
 
 def test_without_gradients_nothing_is_noted() -> None:

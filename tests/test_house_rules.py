@@ -25,7 +25,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("policy_text", "policy_search", "policy_init"),
     ("staging", "sources", "outputs", "execute", "carrying", "convert", "summary", "demo"),
     ("verify.report", "verify.slots", *FAMILIES, "verify.families.__init__"),
-    ("verify.axes", "verify.differences", "verify.ties", "verify.layout", "verify.grid_layout"),
+    ("verify.axes", "verify.differences", "verify.ties", "verify.siblings", "verify.layout", "verify.grid_layout"),
     ("verify.adapter_layout_check",),
     ("verify.folding", "verify.files", "verify.weights", "verify.request"),
     ("verify.values", "verify.blocks", "verify.block_tensor", "verify.block_operations", "verify.generic"),
@@ -55,7 +55,7 @@ FLOORS: list[tuple[str, ...]] = [
 ORDER = {module: place for place, module in enumerate(module for floor in FLOORS for module in floor)}
 WITH_TORCH = {name for name in ORDER if name.startswith("verify.")} - {
     "verify.report", "verify.slots", *FAMILIES, "verify.families.__init__",
-    "verify.axes", "verify.differences", "verify.ties", "verify.layout", "verify.grid_layout",
+    "verify.axes", "verify.differences", "verify.ties", "verify.siblings", "verify.layout", "verify.grid_layout",
     "verify.folding", "verify.adapter_layout_check",
     "verify.files", "verify.weights", "verify.request", "verify.run", "verify.__init__", "verify.smaller",
 }  # fmt: skip

@@ -96,6 +96,7 @@ def old_buffers(checkpoint: Checkpoint) -> dict[str, Shape]:
     rotary = [".self_attn.o_proj.", ".self_attn.dense."]
     layers = {name.partition(end)[0] for name in checkpoint.tensors for end in rotary if end in name}
     attentions = {name.rpartition(".c_attn.")[0] for name in checkpoint.tensors if ".c_attn." in name}
+    experts = {name.partition(".experts.")[0] for name in checkpoint.tensors if ".mlp.experts.0.gate_proj." in name}
     embeddings = {name.rpartition(".word_embeddings.")[0] for name in checkpoint.tensors if "embeddings.word" in name}
     tables = {name.rpartition(".")[0] for name in checkpoint.tensors if name.endswith("relative_position_bias_table")}
     positions = {
@@ -111,8 +112,18 @@ def old_buffers(checkpoint: Checkpoint) -> dict[str, Shape]:
         **{f"{table}.relative_position_index": (9, 9) for table in tables},
         **{f"{place}.pos_conv_embed.conv.weight_{part}": (1, 1, 8) for place in convolutions for part in "gv"},
         **fused.old_buffers(checkpoint),
+        **{f"{place}.experts.{name}": (5, 38, 44) for place in experts for name in ("gate_up_proj", "down_proj")},
+        **(FURTHER if experts else {}),
     }
 
+
+FURTHER: dict[str, Shape] = {  # of layers that predict further tokens, beside what all layers have
+    **{f"model.layers.2.{name}.weight": (44,) for name in ("enorm", "hnorm", "shared_head.norm")},
+    **{f"model.mtp_{name}.0.weight": (44,) for name in ("emb_norm", "hidden_norm")},
+    "model.layers.2.eh_proj.weight": (44, 88),
+    "model.mtp_linear_proj.0.weight": (44, 88),
+    "model.layers.2.shared_head.head.weight": (211, 44),
+}
 
 # ---------------------------------------------------------------------------------------------- worked by hand
 

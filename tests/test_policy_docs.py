@@ -10,6 +10,7 @@ import pytest
 import transformers
 
 from tests import sessions, tiny_models
+from tests.architectures.experts import DBRX
 from tpshard.cli.main import _run
 from tpshard.convert import plan_merge, plan_split, run
 from tpshard.library import read_policies
@@ -41,6 +42,7 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "my-cohere": ("cohere", tiny_models.SIZES["cohere"], 2),
     "gpt-oss": ("gpt_oss", tiny_models.FREE | {"num_local_experts": 5, "num_experts_per_tok": 2}, 2),
     "mamba2": ("mamba2", MAMBA2, 4),
+    "my-dbrx": ("dbrx", DBRX, 2),
     "my-olmo2": ("olmo2", tiny_models.SIZES["olmo2"], 2),
     "llama-by-group": ("llama", LLAMA | {"num_attention_heads": 10, "num_key_value_heads": 5, "hidden_size": 70}, 4),
     "llama-padded": ("llama", LLAMA, 2),

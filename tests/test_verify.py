@@ -423,7 +423,41 @@ def test_experts_that_no_token_reaches_are_told(tmp_path: Path, monkeypatch: pyt
     report = verify(Request(tmp_path / "shards", against=tmp_path / "model", level="forward", workers=1))
     told = [note for note in report.checks[3].notes if "experts were not reached" in note]
     assert len(told) == 2 * 3  # gate_up_proj and down_proj of three layers
-    assert all(re.search(r"experts\.\w+: \d+ of 70 experts", note) for note in told)
+    assert all(
+        re.search(r"experts\.\w+: \d+ of 70 experts were not reached \(\d+, \d+, \d+, \.\.\.\)$", note) for note in told
+    )
+
+
+def test_an_expert_that_no_token_reaches_is_proven_by_its_siblings_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tpshard.verify.inputs.MOST_SEQUENCES", 2)
+    sizes = tiny_models.FREE | {
+        "num_local_experts": 24,
+        "num_experts_per_tok": 1,
+        "num_hidden_layers": 1,
+        "vocab_size": 211,
+    }
+    config = transformers.AutoConfig.for_model("mixtral", **sizes)
+    source = tmp_path / "model"
+    tiny_models.build(config, tiny_models.word_head(config)).save_pretrained(source)
+    run(plan_split(source, tmp_path / "shards", 2))
+    right = verify(Request(tmp_path / "shards", against=source, level="forward", workers=1))
+    assert right.verdict is Verdict.PASS, right
+    idle = next(number for note in right.checks[3].notes for number in re.findall(r"not reached \(\d+, (\d+),", note))
+
+    odd = "name: odd\nextends: moe\nrules:\n  experts.#.{w1,w3}: {rule: column, parts: 2}\n"
+    odd += "  experts.#.w2: {rule: row, parts: 2}\n"
+    (tmp_path / "odd.yaml").write_text(odd.replace("#", idle))
+    run(plan_split(source, tmp_path / "odd", 2, str(tmp_path / "odd.yaml")))
+    report = verify(Request(tmp_path / "odd", against=source, level="forward", workers=1))
+    files, weights, layout, forward, *_ = report.checks
+    assert (files.verdict, weights.verdict, layout.verdict) == (Verdict.PASS, Verdict.PASS, Verdict.FAIL)
+    tensor = f"model.layers.0.block_sparse_moe.experts.{idle}.w1.weight"
+    assert layout.findings[0].tensor == tensor
+    assert forward.verdict is Verdict.INCONCLUSIVE
+    assert forward.unproven is not None
+    assert f"no token reached {tensor} (1 experts of model.layers.0.mlp.experts.gate_up_proj)" in forward.unproven
 
 
 # ------------------------------------------------------------------------------------------ comparing

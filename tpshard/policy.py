@@ -21,7 +21,7 @@ from tpshard.roles import Gather, Kind, Role
 from tpshard.stages import Stages
 
 KINDS: tuple[Kind, ...] = ("column", "row", "replicate")
-RULE_KEYS = ("rule", "dims", "heads", "unit", "parts", "gather", "uneven", "pad", "experts")
+RULE_KEYS = ("rule", "dims", "stacked", "heads", "unit", "parts", "gather", "uneven", "pad", "experts")
 POLICY_KEYS = ("name", "description", "for", "extends", "vars", "default", "rules", "stages")
 
 Expression = str | int
@@ -40,6 +40,7 @@ class Rule:
     mark: Mark
     kind: Kind
     dims: str = ""
+    stacked: Expression | None = None
     heads: Expression | None = None
     unit: Expression | None = None
     parts: Parts | None = None
@@ -185,6 +186,16 @@ def _calculator(rule: Rule, policy: Policy, config: Mapping[str, Any]) -> Calcul
 
 
 def _blocks(rule: Rule, size: int, compute: Calculator) -> tuple[Block, ...]:
+    """Of the whole axis: where it is a stack, those of one thing in it, again and again."""
+    if rule.stacked is None:
+        return _blocks_of_one(rule, size, compute)
+    count = compute("stacked", rule.stacked)
+    if size % count:
+        raise rule.fail(f"{count} stacked do not divide an axis of {size}")
+    return _blocks_of_one(rule, size // count, compute) * count
+
+
+def _blocks_of_one(rule: Rule, size: int, compute: Calculator) -> tuple[Block, ...]:
     if rule.heads is not None:
         heads = compute("heads", rule.heads)
         if size % heads:

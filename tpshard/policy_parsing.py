@@ -112,6 +112,7 @@ def _parse_rule(key: str, node: Node, shared: bool) -> Rule:
         mark,
         kind=cast(Kind, table["rule"].one_of(KINDS)),
         dims=_parse_dims(table["dims"]) if "dims" in table else "",
+        stacked=_expression(table["stacked"]) if "stacked" in table else None,
         heads=_expression(table["heads"]) if "heads" in table else None,
         unit=_expression(table["unit"]) if "unit" in table else None,
         parts=_parse_parts(table["parts"]) if "parts" in table else None,
@@ -129,10 +130,13 @@ def _refuse_combinations(rule: Rule, node: Node) -> None:
     chosen = [key for key in ("heads", "unit", "parts", "pad") if getattr(rule, key) is not None]
     if len(chosen) > 1:
         node.fail(f"{' and '.join(chosen)} exclude one another", hint="keep one")
+    if rule.stacked is not None and rule.pad is not None:
+        node.fail("stacked and pad exclude one another", hint="padding would lie between the things stacked")
     if rule.gather == "output" and rule.kind != "column":
         node.fail(f"gather: true needs rule: column, is {rule.kind}", hint="a row layer ends in a sum by itself")
-    if rule.kind == "replicate" and not rule.gather and (chosen or rule.uneven):
-        node.fail(f"{', '.join(chosen or ['uneven'])} without effect: a replicated layer is not cut")
+    idle = [*chosen, *(["stacked"] if rule.stacked is not None else []), *(["uneven"] if rule.uneven else [])]
+    if rule.kind == "replicate" and not rule.gather and idle:
+        node.fail(f"{', '.join(idle)} without effect: a replicated layer is not cut")
     if rule.experts is not None and "e" in rule.dims:
         node.fail("experts and the letter e in dims exclude one another", hint="experts: one module each; e: stacked")
     if rule.pad is not None and rule.uneven:

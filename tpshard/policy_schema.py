@@ -36,6 +36,10 @@ RULE_PROPERTIES: Schema = {
         "type": "string",
         "pattern": r"^(?!.*o.*o)(?!.*i.*i)(?!.*e.*e)[oie.]+$",
     },
+    "stacked": {
+        "description": "The axis is so many layers of one make one after another, each dealt as the other keys say.",
+        **EXPRESSION,
+    },
     "heads": {"description": "The axis is so many units, none of which is cut.", **EXPRESSION},
     "unit": {"description": "The axis is units of so many cells, none of which is cut.", **EXPRESSION},
     "parts": {
@@ -152,6 +156,7 @@ def _rule() -> Schema:
                 "allOf": [
                     *({"not": {"required": list(pair)}} for pair in itertools.combinations(UNITS, 2)),
                     {"not": {"required": ["pad", "uneven"], "properties": {"uneven": {"const": True}}}},
+                    {"not": {"required": ["stacked", "pad"]}},
                     _only_columns_gather_their_output(),
                     _what_is_whole_has_no_units(),
                 ],
@@ -169,7 +174,7 @@ def _only_columns_gather_their_output() -> Schema:
 
 def _what_is_whole_has_no_units() -> Schema:
     """``gather: input`` is apart: the units say how the input is dealt."""
-    units = [{"required": [key]} for key in UNITS]
+    units = [{"required": [key]} for key in (*UNITS, "stacked")]
     return {
         "if": {"properties": {"rule": {"const": "replicate"}, "gather": {"const": False}}},
         "then": {"not": {"anyOf": units}, "properties": {"uneven": {"const": False}}},

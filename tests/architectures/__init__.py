@@ -29,7 +29,8 @@ class Architecture:
 
     ``sizes``: what its config is made of; ``head``: the class, else the one that predicts words; ``tp``: the rank
     counts, the last of which replicates or deals unevenly; ``variant``: what tells it from others of its
-    ``model_type``; ``policy``: the one that ``auto`` must pick.
+    ``model_type``; ``policy``: the one that ``auto`` must pick; ``also``: other names of the model's type whose
+    checkpoints hold the same tensors, and which transformers does not know.
     """
 
     model_type: str
@@ -38,6 +39,7 @@ class Architecture:
     tp: tuple[int, ...] = (2, 4, 8)
     head: str = ""
     variant: str = ""
+    also: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -45,7 +47,7 @@ class Architecture:
 
 
 def architectures() -> tuple[Architecture, ...]:
-    from tests.architectures import decoders, encoders, fused, llama_kin, senses, translators
+    from tests.architectures import decoders, encoders, experts, fused, llama_kin, senses, translators
 
-    modules = decoders, encoders, fused, llama_kin, senses, translators
+    modules = decoders, encoders, experts, fused, llama_kin, senses, translators
     return tuple(found for module in modules for found in module.ARCHITECTURES)

@@ -42,11 +42,21 @@ def parts_of(tensor: Stored, slot: Slot, axis: int, sizes: Sizes) -> list[Part]:
     size = tensor.shape[axis]
     query, key_value = sizes.query, sizes.key_value
     match slot.meaning:
-        case "channel" | "word":
-            parts = [Part(slot.meaning, sizes.of(slot.meaning) or size, 1)]
+        case "hidden":
+            parts = [Part("hidden cell", size, 1)]
+        case "word":
+            parts = [Part("word", sizes.words or size, 1)]
+        case "channel" if slot.stacked:
+            experts = sizes.experts or 1
+            each = sizes.channels_of(slot) or size // experts
+            parts = [Part(f"channel of expert {number}, number", each, 1) for number in range(experts)]
+        case "channel":
+            parts = [Part("channel", sizes.channels_of(slot) or size, 1)]
         case "gate_up":
-            half = sizes.channels or (size + 1) // 2
+            half = sizes.channels_of(slot) or (size + 1) // 2
             parts = [Part("gate channel", half, 1), Part("up channel", half, 1)]
+        case "gate_up_pairs":
+            parts = [Part("gate and up channel", sizes.channels_of(slot) or (size + 1) // 2, 2)]
         case "head_cell":
             parts = [Part("head cell", sizes.head or size, 1)]
         case "query":
@@ -71,7 +81,7 @@ def parts_of(tensor: Stored, slot: Slot, axis: int, sizes: Sizes) -> list[Part]:
 
 def _heads(counts: list[tuple[str, int]], slot: Slot, size: int, sizes: Sizes) -> list[Part]:
     """Parts of whole heads; where config.json is silent about the size of one, what the axis has room for."""
-    width = 1 if slot.row_per_head else sizes.head or size // sum(count for _, count in counts)
+    width = 1 if slot.row_per_head else sizes.head_of(slot) or size // sum(count for _, count in counts)
     return [Part(label, count, width) for label, count in counts]
 
 

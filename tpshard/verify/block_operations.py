@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from tpshard.verify.block_tensor import HANDLERS, BlockTensor, densified
+from tpshard.verify.block_tensor import HANDLERS, BlockTensor, Reached, densified
 
 # ---------------------------------------------------------------------------------------------- products and look-ups
 
@@ -87,6 +87,8 @@ def product(x: torch.Tensor, weight: BlockTensor, out: int) -> torch.Tensor:
         raise RuntimeError(f"{weight.key}: {list(x.shape)} cannot be multiplied by {list(weight.shape)}")
     if flat.dtype != weight.dtype:
         raise RuntimeError(f"{weight.key}: expected {weight.dtype}, got {flat.dtype}")
+    if weight.number is not None and bool(flat.any()):  # tokens that an expert is not for may come to it as zeros
+        weight.note_use()
     tape = weight.context.tape
     if tape is not None and torch.is_grad_enabled():
         anchor = tape.anchor if weight.learns else None
@@ -144,11 +146,13 @@ def _selected(self: BlockTensor, dim: int, index: int) -> BlockTensor:
     if not -self.shape[dim] <= index < self.shape[dim]:
         raise IndexError(f"{self.key}: index {index} is out of range of {self.shape[dim]}")
     index %= self.shape[dim]
-    if self.ndim == 3 and dim == 0:
-        self.context.selected.setdefault(self.key, set()).add(index)
     parts = (block.narrow(dim, index, index + 1) for block in self.blocks)
     shape = [n for axis, n in enumerate(self.shape) if axis != dim]
-    return self.derived(shape, (part.dropped(dim) for part in parts if part), ("select", dim, index))
+    made = self.derived(shape, (part.dropped(dim) for part in parts if part), ("select", dim, index))
+    if self.ndim == 3 and dim == 0:
+        self.context.reached.setdefault(self.key, Reached(len(self), set()))
+        made.number = index
+    return made
 
 
 def _narrowed(self: BlockTensor, dim: int, start: int, stop: int) -> BlockTensor:
@@ -169,6 +173,24 @@ def _permuted(self: BlockTensor, order: Sequence[int]) -> BlockTensor:
     order = [axis % self.ndim for axis in order]
     shape = [self.shape[axis] for axis in order]
     return self.derived(shape, (block.permuted(order) for block in self.blocks), ("permute", *order))
+
+
+def _viewed(self: BlockTensor, *shape: Any) -> Any:
+    """As a stack, where the first axis is matrices one after another; torch's own view of anything else."""
+    wanted = list(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else list(shape)
+    if not all(isinstance(n, int) for n in wanted) or self.ndim != 2 or len(wanted) != 3:
+        return NotImplemented
+    _, rows, columns = wanted
+    count = self.shape[0] // rows if rows > 0 else 0
+    if wanted[0] not in (-1, count) or (count * rows, columns) != tuple(self.shape):
+        return NotImplemented
+    blocks = []
+    for block in self.blocks:
+        for number in range(block.box.start[0] // rows, -(-block.box.stop[0] // rows)):
+            part = block.narrow(0, number * rows, (number + 1) * rows)
+            if part is not None:
+                blocks.append(part.moved(0, -number * rows).inserted(0, number))
+    return self.derived((count, rows, columns), blocks, ("view", count, rows, columns))
 
 
 def _item(self: Any, index: Any) -> Any:
@@ -293,6 +315,7 @@ _register(_unless(_swapped), torch.swapaxes, _T.swapaxes)
 _register(_unless(lambda self: _transposed(self, 0, 1)), torch.t, _T.t)
 _register(_unless(_permuted_by), torch.permute, _T.permute)
 _register(_unless(_selected), torch.select, _T.select)
+_register(_unless(_viewed), _T.view, _T.reshape, torch.reshape)
 _register(_item, _T.__getitem__)
 _register(_split, torch.split, _T.split)
 _register(_chunk, torch.chunk, _T.chunk)

@@ -52,7 +52,7 @@ class Context:
         self.weights, self.dtype, self.device = weights, dtype, device
         self.sound, self.backwards = sound, backwards
         self.tape: Tape | None = None
-        self.selected: dict[str, set[int]] = {}  # of stacked matrices (experts), those that were used
+        self.reached: dict[str, Reached] = {}  # of stacked matrices (experts)
         self.used: set[str] = set()
         self.attended: set[str] = set()
         self._recent: OrderedDict[str, tuple[Block, ...]] = OrderedDict()
@@ -84,6 +84,14 @@ class Context:
 
 
 @dataclass(slots=True)
+class Reached:
+    """A parameter that is a stack of ``count`` matrices, and which of them something was multiplied by."""
+
+    count: int
+    numbers: set[int]
+
+
+@dataclass(slots=True)
 class Tape:
     """The uses of a run's parameters since the ranks last compared gradients.
 
@@ -108,12 +116,13 @@ class Tape:
 
 class BlockTensor(torch.Tensor):
     """``key``: the parameter's name; ``view_``: what has been done to it since; ``learns``: False where there is no
-    gradient: of buffers, and of what was detached."""
+    gradient: of buffers, and of what was detached; ``number``: which matrix of a stack it is."""
 
     context: Context
     key: str
     view_: View
     learns: bool
+    number: int | None
     _factory: Callable[[], tuple[Block, ...]] | None
     _blocks: tuple[Block, ...]
     _dense: Callable[[], torch.Tensor] | None
@@ -124,6 +133,7 @@ class BlockTensor(torch.Tensor):
         """Without any block: all zeros."""
         tensor = torch.Tensor._make_wrapper_subclass(BlockTensor, shape, dtype=dtype, device=context.device)
         tensor.context, tensor.key, tensor.view_, tensor.learns = context, key, view, True
+        tensor.number = None
         tensor._factory, tensor._blocks, tensor._dense = None, (), None
         return tensor
 
@@ -160,17 +170,24 @@ class BlockTensor(torch.Tensor):
     def derived(self, shape: Sequence[int], blocks: Iterable[Block], step: tuple[Any, ...]) -> BlockTensor:
         view = (*self.view_, step)
         made = BlockTensor.make(tuple(shape), self.dtype, self.context, self.key, view).with_blocks(blocks)
-        made.learns = self.learns
+        made.learns, made.number = self.learns, self.number
         return made
 
     def detached(self) -> BlockTensor:
         """The same, without a gradient."""
         made = BlockTensor.make(tuple(self.shape), self.dtype, self.context, self.key, self.view_)
+        made.number = self.number
         made._factory, made._blocks, made._dense, made.learns = self._factory, self._blocks, self._dense, False
         return made
 
+    def note_use(self) -> None:
+        """Something that is not zero meets this matrix of a stack."""
+        if self.number is not None:
+            self.context.reached[self.key].numbers.add(self.number)
+
     def dense(self) -> torch.Tensor:
         """All of it, zeros included; while gradients are recorded, a leaf that collects this tensor's."""
+        self.note_use()
         tape = self.context.tape
         if tape is None or not (self.learns and torch.is_grad_enabled() and self.dtype.is_floating_point):
             return self._filled()

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tpshard.errors import InconclusiveError
-from tpshard.verify.block_tensor import Context, Tape
+from tpshard.verify.block_tensor import Context, Reached, Tape
 from tpshard.verify.gradients import Comparison
 from tpshard.verify.lockstep import AllDouble, Lockstep, OutOfStepError, RunError, no_fault_of_the_model
 from tpshard.verify.models import Model, copy_with, one_line
@@ -45,14 +45,14 @@ class Subject:
 
 @dataclass(slots=True)
 class Outcome:
-    """``failure``: a rank's model that broke down; ``outputs``: by run, where asked for; ``selected``: of parameters
-    that are stacks of matrices, the reference's own choice of them (experts)."""
+    """``failure``: a rank's model that broke down; ``outputs``: by run, where asked for; ``reached``: of parameters
+    that are stacks of matrices (experts), those that the reference's tokens came to."""
 
     record: Record
     gradients: list[Gradient] = field(default_factory=list)
     failure: RunError | None = None
     outputs: list[Any] = field(default_factory=list)
-    selected: Mapping[str, set[int]] = field(default_factory=dict)
+    reached: Mapping[str, Reached] = field(default_factory=dict)
 
     @property
     def is_right(self) -> bool:
@@ -146,8 +146,8 @@ class _Execution:
             self.sections.remove()
             _give_back_memory()
         record = together(self.lock.gathered(self.record))
-        selected = self.contexts[REFERENCE].selected if REFERENCE in self.contexts else {}
-        return Outcome(record, self.sections.gradients + self.gradients, failure, outputs, selected)
+        reached = self.contexts[REFERENCE].reached if REFERENCE in self.contexts else {}
+        return Outcome(record, self.sections.gradients + self.gradients, failure, outputs, reached)
 
     def _module(self, run: int, hooks: Hooks) -> nn.Module:
         subject = self.subject

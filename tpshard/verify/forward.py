@@ -12,12 +12,13 @@ from collections.abc import Iterator, Sequence
 
 from tpshard.errors import printable
 from tpshard.verify.execution import Outcome, Subject
-from tpshard.verify.models import one_line, slots
+from tpshard.verify.models import one_line
 from tpshard.verify.native import NativeFigures
 from tpshard.verify.preparation import never_called
 from tpshard.verify.record import TOLERANCE, Record, Seam
 from tpshard.verify.report import CheckResult, Finding, Table, error_size
 from tpshard.verify.sections import Gradient
+from tpshard.verify.siblings import by_expert, shares
 from tpshard.verify.values import Weights, layer_of
 
 
@@ -29,12 +30,12 @@ def forward_result(
     idle = never_called(subject, record.visited)
     cut = {layer.name for layer in subject.layers if layer.cut is not None}
     unreached = [name for name in idle if name in cut]
-    reason = (
-        f"the input did not reach {len(unreached)} cut layers: {', '.join(unreached[:5])} (give inputs that do, by "
-        "--model; layers have to be called, not only their weights read)"
-        if unreached
-        else None
-    )
+    reason = _unlike_the_reached(subject, weights, outcome)
+    if unreached:
+        reason = (
+            f"the input did not reach {len(unreached)} cut layers: {', '.join(unreached[:5])} (give inputs that do, by "
+            "--model; layers have to be called, not only their weights read)"
+        )
     return CheckResult(
         "forward",
         findings=tuple(_findings(outcome, isolate)),
@@ -47,7 +48,7 @@ def forward_result(
         },
         notes=(
             *_notes(subject, record, [name for name in idle if name not in cut]),
-            *_idle_experts(subject, outcome),
+            *_idle_experts(outcome),
             *([native] if isinstance(native, str) else []),
         ),
         tables=(_layer_table(subject, record), *([native.table()] if isinstance(native, NativeFigures) else [])),
@@ -150,6 +151,7 @@ def generic_result(subject: Subject, weights: Weights, outcome: Outcome) -> Chec
         notes=(
             "weights random by name and place: no zero bias, no norm of ones, no equal heads",
             *([f"{len(subject.skipped)} blocks of a make that was run are skipped"] if subject.skipped else []),
+            *_idle_experts(outcome),
         ),
         figures={"worst_relative_error": max(worst, record.worst), "tolerance": TOLERANCE},
     )
@@ -209,12 +211,28 @@ def _notes(subject: Subject, record: Record, idle: Sequence[str]) -> Iterator[st
         )
 
 
-def _idle_experts(subject: Subject, outcome: Outcome) -> Iterator[str]:
+def _idle_experts(outcome: Outcome) -> Iterator[str]:
     """Matrices of a stack that no token was sent to."""
-    sizes = {name: tensor.shape[0] for name, tensor in slots(subject.model.skeleton).items() if tensor.ndim == 3}
-    for name, used in outcome.selected.items():
-        if name in sizes and len(used) < sizes[name]:
-            yield f"{name}: {sizes[name] - len(used)} of {sizes[name]} experts were not reached"
+    for name, reached in outcome.reached.items():
+        idle = [number for number in range(reached.count) if number not in reached.numbers]
+        if idle:
+            which = f"{', '.join(map(str, idle[:3]))}{', ...' if len(idle) > 3 else ''}"
+            yield f"{name}: {len(idle)} of {reached.count} experts were not reached ({which})"
+
+
+def _unlike_the_reached(subject: Subject, weights: Weights, outcome: Outcome) -> str | None:
+    """What no token reached is proven by a sibling that one did, if it is cut alike; else it is not proven."""
+    for name, reached in outcome.reached.items():
+        of_expert = by_expert(subject.model.recipes[name].names, reached.count)
+        ways = {e: tuple(shares(weights.layout(tensor)) for tensor in names) for e, names in of_expert.items()}
+        proven = {way for e, way in ways.items() if e in reached.numbers}
+        unproven = [e for e, way in ways.items() if way not in proven]
+        if unproven:
+            tensor = printable(of_expert[unproven[0]][0])
+            return (
+                f"no token reached {tensor} ({len(unproven)} experts of {name}), and it is cut otherwise than those met"
+            )
+    return None
 
 
 def _some(names: Sequence[str]) -> str:

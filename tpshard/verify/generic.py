@@ -99,7 +99,9 @@ def _scale(name: str, shape: Shape) -> tuple[float, float]:
     if len(shape) >= 2:
         fan = shape[-1] if len(shape) == 2 else max(shape[-1], shape[-2])
         return 0.0, max(1, fan) ** -0.5
-    return (0.0 if "bias" in name.rpartition(".")[2] else 1.0), 0.2
+    leaf = name.rpartition(".")[2]
+    # What corrects a router's scores must not outweigh them, else some experts are never chosen.
+    return (0.0 if "bias" in leaf else 1.0), 0.05 if "correction_bias" in leaf or "expert_bias" in leaf else 0.2
 
 
 def _windows(name: str, rows: Index, columns: Index) -> NDArray[np.float64]:

@@ -31,9 +31,9 @@ def check_layout_of_grid(shards: Checkpoint) -> CheckResult:
     """``check_layout``, and the places of layers and experts where there are stages, groups or whole experts."""
     assert shards.manifest is not None
     mesh = shards.manifest.mesh
-    if not mesh.is_grid and all(all(tensor.layout.shards) for tensor in shards.tensors.values()):
-        return check_layout(shards)
     found = _Grid(shards, mesh, _experts_in(shards))
+    if not mesh.is_grid and not found.deals_experts():
+        return check_layout(shards)
     findings = [*found.experts(), *found.groups(), *found.stages()]
     if findings:
         return CheckResult("layout", tuple(findings), {"tensors": len(shards.tensors), "ranks": shards.ranks})
@@ -56,6 +56,15 @@ class _Grid:
         return self.shards.tensors
 
     # ---------------------------------------------------------------------------------------- experts
+
+    def deals_experts(self) -> bool:
+        """Whether ranks of one group have experts of their own: tensors, or runs of stacked ones."""
+        known = family_of(self.shards.config) is not None
+        return any(
+            not all(tensor.layout.shards)
+            or (known and len(set(self._stacked(tensor, self._groups(tensor, 0)) or ())) > 1)
+            for tensor in self.tensors.values()
+        )
 
     def experts(self) -> Iterator[Finding]:
         """Each expert on one group's ranks, in ascending runs; of stacked experts each group's run of their axis."""
@@ -107,7 +116,10 @@ class _Grid:
     def _stacked(self, tensor: Stored, groups: list[tuple[Shard | None, ...]]) -> list[Span] | None:
         """The runs of axis 0 where it counts experts and groups, or all ranks, have one run each and differ in nothing
         else; else None."""
-        if len(tensor.shape) < 2 or tensor.shape[0] != self.count:
+        family = family_of(self.shards.config)
+        slot = slot_of(family, tensor.name) if family else None
+        of_experts = family is None or (slot is not None and slot.expert == "routed")
+        if len(tensor.shape) < 2 or not of_experts or tensor.shape[0] != self.count:
             return None
         for pieces in (groups, [(shard,) for group in groups for shard in group]):
             runs = [{shard.spans[0] if shard else () for shard in piece} for piece in pieces]

@@ -22,7 +22,7 @@ from tpshard.errors import InconclusiveError
 POSITIONS = 24
 IMAGES = 2
 TOKENS_OF_EXPERT = 6  # wanted on average: one in 400 then goes without, if all are equally liked
-MOST_SEQUENCES = 16
+MOST_SEQUENCES = 32
 
 
 def make_inputs(module: nn.Module, config: Any, ranks: int, seed: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -220,8 +220,10 @@ def _longest(config: Any) -> int:
 
 def _sequences(config: Any, length: int) -> int:
     """Two; more where there are so many experts that some would go without a token."""
-    experts = _first(config, "num_local_experts", "num_experts", "n_routed_experts")
-    each = _first(config, "num_experts_per_tok", "num_experts_per_token", "moe_top_k") or 1
+    inner = getattr(config, "ffn_config", config)  # DBRX
+    experts = _first(config, "num_local_experts", "num_experts", "n_routed_experts") or _first(inner, "moe_num_experts")
+    chosen = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "moe_k")
+    each = _first(config, *chosen) or _first(inner, *chosen) or 1
     return min(MOST_SEQUENCES, max(2, math.ceil(TOKENS_OF_EXPERT * experts / (each * length))))
 
 

@@ -23,6 +23,7 @@ from tpshard.verify.differences import describe_difference
 from tpshard.verify.families import Sizes, family_of, sizes_of
 from tpshard.verify.families.translators import STACKS, stack_of
 from tpshard.verify.report import CheckResult, Finding
+from tpshard.verify.siblings import check_siblings
 from tpshard.verify.slots import OF_ATTENTION, Slot, slot_of
 from tpshard.verify.ties import check_ties
 
@@ -81,6 +82,8 @@ def check_layout(shards: Checkpoint, complete: bool = True) -> CheckResult:
             blocks.setdefault(_block(tensor, slot), []).append(member)
     for block in blocks.values():
         findings += _check_block(block, sizes[stack_of(block[0].tensor.name)], shards.ranks)
+    named = {finding.tensor for finding in findings}
+    findings += (f for f in check_siblings(shards.tensors.values()) if f.tensor not in named)
     findings += check_ties(shards, family) if complete else []
     return CheckResult("layout", tuple(findings), covered, notes=(f"{len(blocks)} blocks are cut or could be",))
 
@@ -92,7 +95,8 @@ def _block(tensor: Stored, slot: Slot) -> str:
         return "embedding" if slot.consumer else "output head"
     numbered = re.match(r"(.*\.\d+)\.", tensor.name)
     of_heads = "cross-attention" if slot.cross else "attention"
-    kind = of_heads if slot.meaning in OF_ATTENTION else "feed-forward"
+    of_channels = f"{slot.expert} experts" if slot.expert else "feed-forward"
+    kind = of_heads if slot.meaning in OF_ATTENTION else of_channels
     return f"{numbered[1] if numbered else ''}:{kind}"
 
 
@@ -183,14 +187,14 @@ def _ways(block: list[Member], sizes: Sizes, ranks: int) -> list[Dealing]:
 def _channel_unit(block: list[Member]) -> int:
     """Feed-forward channels may be dealt in units (quantisation blocks): the largest that all edges allow."""
     edges = {
-        edge
-        for tensor, _, axis, _ in block
+        edge // parts[0].width
+        for tensor, _, axis, parts in block
         for shard in tensor.layout.shards
         if shard
         for run in shard.spans[axis]
         for edge in run
     }
-    ends = (m.tensor.shape[m.axis] // (2 if m.slot.meaning == "gate_up" else 1) for m in block)
+    ends = {part.units for member in block for part in member.parts}
     return math.gcd(*edges, *ends) or 1
 
 

@@ -105,8 +105,13 @@ class TransformersModel:
         quiet.disable_progress_bar()
         self._class = _class_of(transformers, config)
         self.name = self._class.__name__
+        own: Any = self._class
+        named_otherwise = config.get("model_type") in _OF_ITS_CLASS
+        reader: Any = own.config_class if named_otherwise else transformers.AutoConfig
         try:
-            self.config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+            self.config = reader.from_pretrained(str(folder), trust_remote_code=False)
+            if named_otherwise:  # how names on disk become the module's goes by this
+                self.config.model_type = own.config_class.model_type
         except Exception as error:
             raise InconclusiveError(f"transformers cannot read {folder}/config.json: {one_line(error)}") from None
         self._dtype = dtype
@@ -159,6 +164,10 @@ class TransformersModel:
         except Exception as error:
             hint = "name the model and its inputs with --model"
             raise InconclusiveError(f"no inputs can be made for {self.name}: {one_line(error)}", hint=hint) from None
+
+
+# Names of model types that transformers does not know, of models that are what their ``architectures`` says.
+_OF_ITS_CLASS = frozenset({"kimi_k2"})
 
 
 def _class_of(transformers: Any, config: Mapping[str, Any]) -> Any:

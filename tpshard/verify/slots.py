@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -10,7 +11,7 @@ from tpshard.layout import Shape
 
 Meaning = Literal[
     "query", "key_value", "qkv", "kv", "qkv_by_head", "qkv_by_group", "qvk_in_fours",
-    "channel", "gate_up", "word", "head_cell",
+    "channel", "gate_up", "gate_up_pairs", "word", "head_cell", "hidden",
 ]  # fmt: skip
 OF_ATTENTION = frozenset({"query", "key_value", "qkv", "kv", "qkv_by_head", "qkv_by_group", "qvk_in_fours"})
 
@@ -26,6 +27,10 @@ class Slot:
     ``row_per_head``: the axis has one row for a head, not one for each cell of it. ``all_of``: the layer works on all
     heads together, so it is whole, and so must be the output of the layer named. ``cross``: the heads are those of
     cross-attention, a block of its own beside the layer's self-attention.
+
+    ``width``: the config keys whose sum is the size of a head here, where heads are not all of one size. ``expert``:
+    of experts that a router chooses, or of those that every token meets, each a block of their own with as many
+    channels as they like; ``stacked``: all experts one after another along the axis.
     """
 
     meaning: Meaning
@@ -34,6 +39,9 @@ class Slot:
     row_per_head: bool = False
     all_of: str = ""
     cross: bool = False
+    width: tuple[str, ...] = ()
+    expert: Literal["", "routed", "shared"] = ""
+    stacked: bool = False
 
     def axis_of(self, shape: Shape) -> int | None:
         if len(shape) >= 2:
@@ -42,15 +50,16 @@ class Slot:
 
     @property
     def must_be_whole(self) -> bool:
-        return bool(self.all_of) or self.meaning == "head_cell"
+        return bool(self.all_of) or self.meaning in ("head_cell", "hidden")
 
 
 OUT, IN = 0, 1
+NUMBER = re.compile(r"\.\d+(?=\.|$)")
 INSIDE_A_HEAD = Slot("head_cell", 0)  # [head size], the same for all heads
 
 
 def slot_of(family: Mapping[str, Slot], tensor: str) -> Slot | None:
-    """The slot of a tensor, by the longest name that ends its layer's path (or its own)."""
-    layer = tensor.rpartition(".")[0]
-    found = [name for name in family for path in (layer, tensor) if path == name or path.endswith("." + name)]
+    """The slot of a tensor, by the longest name that ends its layer's path (or its own), numbers written as #."""
+    paths = [NUMBER.sub(".#", path) for path in (tensor.rpartition(".")[0], tensor)]
+    found = [name for name in family for path in paths if path == name or path.endswith("." + name)]
     return family[max(found, key=len)] if found else None

@@ -8,30 +8,52 @@ which word. Sources: the architectures' published modelling code and configs.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from tpshard.verify.families import decoders, encoders, fused, llama_kin, remote_code, senses, translators
+from tpshard.verify.families import decoders, encoders, experts, fused, llama_kin, remote_code, senses, translators
 from tpshard.verify.slots import Slot
 
-_MODULES = decoders, encoders, fused, llama_kin, remote_code, senses, translators
+_MODULES = decoders, encoders, experts, fused, llama_kin, remote_code, senses, translators
 FAMILIES: Mapping[str, Mapping[str, Slot]] = {kind: slots for file in _MODULES for kind, slots in file.FAMILIES.items()}
 TIED_BY_DEFAULT = frozenset(kind for file in _MODULES for kind in file.TIED_BY_DEFAULT)
-_HEAD_SIZE_BY_DEFAULT = {**decoders.HEAD_SIZE_BY_DEFAULT, **llama_kin.HEAD_SIZE_BY_DEFAULT}
+_HEAD_SIZE_BY_DEFAULT = {
+    **decoders.HEAD_SIZE_BY_DEFAULT,
+    **llama_kin.HEAD_SIZE_BY_DEFAULT,
+    **experts.HEAD_SIZE_BY_DEFAULT,
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Counts of heads, channels and words, and the cells of one head, from config.json. None: it does not say."""
+    """Counts of heads, channels, words and experts, and the cells of one head, from config.json. None: it does not say.
+
+    ``widths``: all keys of the config that are whole numbers, for heads that are not of one size.
+    """
 
     query: int
     key_value: int
     head: int | None = None
     channels: int | None = None
     words: int | None = None
+    experts: int | None = None
+    expert_channels: int | None = None
+    widths: Mapping[str, int] = field(default_factory=dict)
 
-    def of(self, unit: str) -> int | None:
-        return self.channels if unit == "channel" else self.words
+    def channels_of(self, slot: Slot) -> int | None:
+        """Of a feed-forward, or of one expert; those that every token meets may have any number."""
+        match slot.expert:
+            case "":
+                return self.channels
+            case "routed":
+                return self.expert_channels
+            case "shared":
+                return None
+
+    def head_of(self, slot: Slot) -> int | None:
+        if not slot.width:
+            return self.head
+        return sum(self.widths[key] for key in slot.width) if set(slot.width) <= set(self.widths) else None
 
 
 def family_of(config: Mapping[str, Any]) -> Mapping[str, Slot] | None:
@@ -48,14 +70,20 @@ def sizes_of(config: Mapping[str, Any], tensor: str = "") -> Sizes | None:
         return None
     width = _first(config, "hidden_size", "n_embd", "dim", "d_model")
     by_default = _HEAD_SIZE_BY_DEFAULT.get(str(config.get("model_type")))
+    of_experts = config.get("ffn_config")  # DBRX
+    inner = of_experts if isinstance(of_experts, Mapping) else {}
     return Sizes(
         query=query,
         key_value=_key_value(config, query),
         head=_first(config, "head_dim", "kv_channels")
         or by_default
         or (width // query if width and width % query == 0 else None),
-        channels=_first(config, "intermediate_size", "n_inner", "hidden_dim", "ffn_dim", "ffn_hidden_size", "dff"),
+        channels=_first(config, *_CHANNELS),
         words=_first(config, "vocab_size"),
+        experts=_first(inner, "moe_num_experts"),
+        expert_channels=_first(inner, "ffn_hidden_size")
+        or _first(config, "moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size"),
+        widths={key: value for key in config if (value := _first(config, key)) is not None},
     )
 
 
@@ -63,7 +91,10 @@ def _key_value(config: Mapping[str, Any], query: int) -> int:
     multi_query = config.get("multi_query")
     if isinstance(multi_query, bool) and config.get("new_decoder_architecture") is not True:  # Falcon, GPT-BigCode
         return 1 if multi_query else query
-    return _first(config, "num_key_value_heads", "num_kv_heads", "multi_query_group_num") or query
+    of_attention = config.get("attn_config")  # DBRX
+    inner = of_attention if isinstance(of_attention, Mapping) else {}
+    own = _first(config, "num_key_value_heads", "num_kv_heads", "multi_query_group_num")
+    return own or _first(inner, "kv_n_heads") or query
 
 
 def are_tied(config: Mapping[str, Any]) -> bool:

@@ -23,7 +23,7 @@ _COHERE = {  # one module over [heads, head size]: the weight has a row for each
     "q_norm": Slot("query", 0, row_per_head=True),
     "k_norm": Slot("key_value", 0, row_per_head=True),
 }
-_OLMO2 = {  # q_norm(q_proj(x)), before the heads are told apart: the root mean square is over all of them
+OLMO2 = {  # q_norm(q_proj(x)), before the heads are told apart: the root mean square is over all of them
     **LLAMA,
     "q_norm": Slot("query", 0, all_of="q_proj"),
     "k_norm": Slot("key_value", 0, all_of="k_proj"),
@@ -56,7 +56,7 @@ FAMILIES: Mapping[str, Mapping[str, Slot]] = {
     **dict.fromkeys(("smollm3", "olmo", "ernie4_5", "exaone4", "hunyuan_v1_dense"), LLAMA),
     **dict.fromkeys(("arcee", "jais2", "nemotron"), LLAMA),  # without gate_proj
     **dict.fromkeys(("cohere", "cohere2"), _COHERE),
-    **dict.fromkeys(("olmo2", "olmo3"), _OLMO2),
+    **dict.fromkeys(("olmo2", "olmo3"), OLMO2),
     **dict.fromkeys(("glm", "glm4"), GLM),
     "phi": _PHI,
     "phi3": _PHI3,
