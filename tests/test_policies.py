@@ -25,6 +25,11 @@ from tpshard.verify.request import Request
 from tpshard.verify.run import verify
 
 MODEL_CHECKS = ("forward", "backward", "generic", "self-test")
+_QWEN_NEXT = "mtp.fc", "mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden", "mtp.norm", "mtp.layers.0.mlp.gate_proj"
+ONE_MORE_WORD = {  # layers that transformers leaves out
+    **dict.fromkeys(("qwen3_next", "qwen3_5_text"), _QWEN_NEXT),
+    "nemotron_h": [f"mtp.layers.0.{name}" for name in ("enorm", "hnorm", "eh_proj", "norm", "mixer.q_proj")],
+}
 GROUPED = [kind for kind in tiny_models.SIZES if "num_key_value_heads" in tiny_models.SIZES[kind]]
 
 
@@ -87,7 +92,7 @@ def variants(found: Iterable[Architecture]) -> Iterator[tuple[Any, str]]:
 
 
 def old_buffers(checkpoint: Checkpoint) -> dict[str, Shape]:
-    """What files of older versions hold besides the weights."""
+    """What files of older versions, or on the hub, hold besides the weights."""
     layers = {name.partition(".self_attn.")[0] for name in checkpoint.tensors if ".self_attn." in name}
     attentions = {name.rpartition(".c_attn.")[0] for name in checkpoint.tensors if ".c_attn." in name}
     embeddings = {name.rpartition(".word_embeddings.")[0] for name in checkpoint.tensors if ".word_embeddings." in name}
@@ -96,6 +101,7 @@ def old_buffers(checkpoint: Checkpoint) -> dict[str, Shape]:
         **{f"{attention}.bias": (1, 1, 40, 40) for attention in attentions},
         **{f"{attention}.masked_bias": () for attention in attentions},
         **{f"{place}.position_ids": (1, 40) for place in embeddings},
+        **{f"{name}.weight": (44,) for name in ONE_MORE_WORD.get(str(checkpoint.config["model_type"]), ())},
     }
 
 

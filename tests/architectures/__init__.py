@@ -45,6 +45,6 @@ class Architecture:
 
 
 def architectures() -> tuple[Architecture, ...]:
-    from tests.architectures import decoders, encoders
+    from tests.architectures import decoders, encoders, recurrent
 
-    return tuple(found for module in (decoders, encoders) for found in module.ARCHITECTURES)
+    return tuple(found for module in (decoders, encoders, recurrent) for found in module.ARCHITECTURES)
