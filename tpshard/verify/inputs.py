@@ -34,6 +34,8 @@ def make_inputs(module: nn.Module, config: Any, ranks: int, seed: int, dtype: to
         inputs |= maker.sound()
     if "input_ids" in wanted:
         inputs |= maker.tokens(inputs)
+    if "mm_token_type_ids" in wanted and "pixel_values" in inputs:
+        inputs["mm_token_type_ids"] = maker.kinds(inputs["input_ids"])
     if not inputs:
         main = getattr(module, "main_input_name", "?")
         hint = "name the model and its inputs with --model"
@@ -86,6 +88,10 @@ class _Maker:
         count = self._image_tokens(others)
         places = torch.full((len(tokens), count), image)
         return {"input_ids": torch.cat([tokens[:, :4], places, tokens[:, 4:]], dim=1)}
+
+    def kinds(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Which of the tokens stand for an image, for rotary positions along its axes."""
+        return (tokens == self._image_tokens_named()[0]).int()
 
     def _image_tokens(self, others: dict[str, Any]) -> int:
         """How many tokens stand for an image."""
