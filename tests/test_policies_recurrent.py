@@ -3,6 +3,9 @@ to fail."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,10 +16,16 @@ import pytest
 from tests.architectures import Architecture
 from tests.architectures.recurrent import ARCHITECTURES
 from tests.build import load
+from tests.planting import along, reverse, whole
 from tests.proof import save
+from tests.test_layout_check import changed, one_of_each_kind, said
 from tests.test_policies import rows
+from tpshard.checkpoint import Checkpoint, open_shards
 from tpshard.convert import plan_split, run
 from tpshard.errors import PolicyError
+from tpshard.layout import Layout
+from tpshard.roles import Role
+from tpshard.verify.families import recurrent
 from tpshard.verify.report import CheckResult, Verdict
 from tpshard.verify.request import Request
 from tpshard.verify.run import verify
@@ -24,7 +33,7 @@ from tpshard.verify.run import verify
 
 def architecture(name: str, **changes: Any) -> Architecture:
     found = next(known for known in ARCHITECTURES if known.name == name)
-    return Architecture(found.model_type, found.policy, {**found.sizes, **changes})
+    return dataclasses.replace(found, sizes={**found.sizes, **changes})
 
 
 def shards_of(folder: Path, name: str, tp: int) -> tuple[Mapping[str, Any], list[dict[str, Any]]]:
@@ -88,6 +97,64 @@ def test_mamba_channels_dealt_unevenly(tmp_path: Path) -> None:
         np.testing.assert_array_equal(ranks[1][f"{layer}.{name}"], whole[f"{layer}.{name}"][30:59])
 
 
+# ---------------------------------------------------------------------------------------------- what the layout check knows
+
+KNOWN = [found for found in ARCHITECTURES if found.model_type in recurrent.FAMILIES]
+
+
+@functools.cache
+def split(name: str, tp: int) -> Checkpoint:
+    """Shards; only what the manifest says of them is used after their folder is gone."""
+    with tempfile.TemporaryDirectory() as scratch:
+        source, target = Path(scratch, "source"), Path(scratch, "shards")
+        save(architecture(name, tie_word_embeddings=False), source)
+        run(plan_split(source, target, tp))
+        return open_shards(target)
+
+
+@pytest.mark.parametrize("found", KNOWN, ids=lambda found: found.name)
+def test_what_split_writes_has_the_layout_that_config_asks_for(found: Architecture) -> None:
+    for tp in found.tp:
+        assert said(split(found.name, tp)) == [], tp
+
+
+@pytest.mark.parametrize("found", KNOWN, ids=lambda found: found.name)
+def test_each_tensor_dealt_otherwise_is_named(found: Architecture) -> None:
+    """In reverse rank order, and whole; what is whole, cut. But for gated norms, which may be whole."""
+    shards = split(found.name, 2)
+    for name in one_of_each_kind(shards):
+        layout = shards.tensors[name].layout
+        if layout.is_replicated:
+            size = layout.shape[0]
+            wrong = (
+                [] if name.endswith(("mixer.norm.weight", "mamba.norm.weight")) else [along(0, [0, size // 2, size])]
+            )
+        else:
+            wrong = [reverse] + [whole] * (not any(word in name for word in ("embed", "lm_head")))
+        role = Role("column") if shards.tensors[name].role.gather == "output" else None
+        for number, change in enumerate(wrong):
+            texts = said(changed(shards, name, change, role))
+            assert any(text.startswith(name) for text in texts), (name, number, texts)
+
+
+def test_a_group_that_the_ranks_heads_do_not_use() -> None:
+    """Four ranks, two groups: ranks 0 and 1 share the first. Dealt as 0 1 0 1, the forward of heads 2 and 3 is wrong."""
+    shards = split("mamba2", 4)
+    name = "backbone.layers.1.mixer.conv1d.bias"
+
+    def by_turns(layout: Layout) -> Layout:
+        second, third = layout.shards[1:3]
+        swapped = [dataclasses.replace(own, spans=((own.spans[0][0], *other.spans[0][1:]),))
+                   for own, other in ((second, third), (third, second)) if own and other]  # fmt: skip
+        return Layout(layout.shape, (layout.shards[0], *swapped, layout.shards[3]))
+
+    (finding,) = said(changed(shards, name, by_turns))
+    assert finding == (
+        f"{name}, rank 1: cell 28 of the rank's cut axis is B group 1 (cell 0 of 6), config.json asks for B group 0 "
+        "(cell 0 of 6)"
+    )
+
+
 # ---------------------------------------------------------------------------------------------- wrong ones
 
 
@@ -115,7 +182,7 @@ def test_a_gated_norm_by_groups_is_right_where_ranks_divide_the_groups(tmp_path:
     ("name", "tp", "rules", "layer"),
     [
         ("mamba2", 4, BY_GROUP, "mixer.norm"),  # two groups: the norm of one is over the heads of two ranks
-        ("mamba2", 4, "mixer.norm: replicate", "mixer.norm"),
+        ("mamba2", 4, "mixer.norm: replicate", "mixer.out_proj"),  # that of half a group is another number
         ("mamba2", 2, "mixer.conv1d: {rule: column, heads: MH}", "mixer.norm"),  # x | B | C as one block
         ("mamba", 2, "mixer.in_proj: column", "mixer.x_proj"),  # x | z as one block
         ("mamba", 2, "mixer.x_proj: replicate", "mixer.x_proj"),

@@ -52,6 +52,8 @@ def parts_of(tensor: Stored, slot: Slot, axis: int, sizes: Sizes) -> list[Part]:
         case "qkv":
             counts = [("query head", query), ("key head", key_value), ("value head", key_value)]
             parts = _heads(counts, slot, size, sizes)
+        case "mixer":
+            parts = _of_mixer(slot, sizes)
         case "kv":
             parts = _heads([("key head", key_value), ("value head", key_value)], slot, size, sizes)
     if sum(part.cells for part in parts) != size:
@@ -63,6 +65,13 @@ def _heads(counts: list[tuple[str, int]], slot: Slot, size: int, sizes: Sizes) -
     """Parts of whole heads; where config.json is silent about the size of one, what the axis has room for."""
     width = 1 if slot.row_per_head else sizes.head or size // sum(count for _, count in counts)
     return [Part(label, count, width) for label, count in counts]
+
+
+def _of_mixer(slot: Slot, sizes: Sizes) -> list[Part]:
+    mixer = sizes.mixer
+    if mixer is None:
+        raise ValueError(f"is of {' and '.join(slot.mixer)}, of which config.json says nothing")
+    return [Part(label, mixer.units_of(label), mixer.widths[label]) for label in slot.mixer]
 
 
 def _misfit(axis: int, size: int, parts: list[Part], ranks: int) -> str:

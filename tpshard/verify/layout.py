@@ -73,12 +73,14 @@ def check_layout(shards: Checkpoint) -> CheckResult:
         except ValueError as error:
             findings.append(Finding(str(error), tensor=tensor.name))
             continue
+        if slot.may_be_whole and tensor.layout.is_replicated:
+            continue
         if slot.must_be_whole:
             findings += _must_be_whole(tensor) or _check_norm(member, shards.tensors)
         else:
             blocks.setdefault(_block(tensor, slot), []).append(member)
     for block in blocks.values():
-        findings += _check_block(block, sizes, shards.ranks)
+        findings += _check_block(block, sizes.for_block(block[0].slot), shards.ranks)
     findings += check_ties(shards, family)
     return CheckResult("layout", tuple(findings), covered, notes=(f"{len(blocks)} blocks are cut or could be",))
 
@@ -90,7 +92,7 @@ def _block(tensor: Stored, slot: Slot) -> str:
         return "embedding" if slot.consumer else "output head"
     numbered = re.match(r"(.*\.\d+)\.", tensor.name)
     of_heads = "cross-attention" if slot.cross else "attention"
-    kind = of_heads if slot.meaning in _OF_ATTENTION else "feed-forward"
+    kind = of_heads if slot.meaning in _OF_ATTENTION else "mixer" if slot.mixer else "feed-forward"
     return f"{numbered[1] if numbered else ''}:{kind}"
 
 
@@ -188,7 +190,7 @@ def _channel_unit(block: list[Member]) -> int:
         for run in shard.spans[axis]
         for edge in run
     }
-    ends = (m.tensor.shape[m.axis] // (2 if m.slot.meaning == "gate_up" else 1) for m in block)
+    ends = {part.units for member in block for part in member.parts}
     return math.gcd(*edges, *ends) or 1
 
 
@@ -238,10 +240,10 @@ def _wanted(parts: list[Part], slot: Slot, sizes: Sizes, way: Dealing, rank: int
             units = np.arange(min(rank * way.padded, count), min((rank + 1) * way.padded, count))
         elif slot.meaning == "word":
             units = balanced(count, ranks, rank)
-        elif slot.meaning not in _OF_ATTENTION:
+        elif slot.meaning not in _OF_ATTENTION and not label.endswith(("head", "group")):
             blocks = balanced(count // way.channels, ranks, rank)
             units = (blocks[:, None] * way.channels + np.arange(way.channels)).reshape(-1)
-        elif label == "query head":
+        elif label == "query head" or (slot.mixer and not label.endswith("group")):
             units = way.query_heads(rank)
         else:  # those that the rank's query heads use
             units = np.unique(way.query_heads(rank) // (sizes.query // sizes.key_value))

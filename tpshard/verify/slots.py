@@ -8,7 +8,7 @@ from typing import Literal
 
 from tpshard.layout import Shape
 
-Meaning = Literal["query", "key_value", "qkv", "kv", "channel", "gate_up", "word", "head_cell"]
+Meaning = Literal["query", "key_value", "qkv", "kv", "channel", "gate_up", "word", "head_cell", "mixer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +19,9 @@ class Slot:
     ``row_per_head``: the axis has one row for a head, not one for each cell of it. ``all_of``: the layer works on all
     heads together, so it is whole, and so must be the output of the layer named. ``cross``: the heads are those of
     cross-attention, a block of its own beside the layer's self-attention.
+
+    ``mixer``: the parts of an axis in a state space, linear attention or a convolution, as the config's Mixer knows
+    them. ``may_be_whole``: ranks take of it what is theirs.
     """
 
     meaning: Meaning
@@ -27,6 +30,8 @@ class Slot:
     row_per_head: bool = False
     all_of: str = ""
     cross: bool = False
+    mixer: tuple[str, ...] = ()
+    may_be_whole: bool = False
 
     def axis_of(self, shape: Shape) -> int | None:
         if len(shape) >= 2:

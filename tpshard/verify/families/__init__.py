@@ -8,15 +8,19 @@ which word. Sources: the architectures' published modelling code and configs.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from tpshard.verify.families import decoders, encoders
+from tpshard.verify.families import decoders, encoders, recurrent
 from tpshard.verify.slots import Slot
 
-FAMILIES: Mapping[str, Mapping[str, Slot]] = {**decoders.FAMILIES, **encoders.FAMILIES}
-TIED_BY_DEFAULT = decoders.TIED_BY_DEFAULT | encoders.TIED_BY_DEFAULT
-_HEAD_SIZE_BY_DEFAULT = decoders.HEAD_SIZE_BY_DEFAULT
+FAMILIES: Mapping[str, Mapping[str, Slot]] = {
+    **decoders.FAMILIES,
+    **encoders.FAMILIES,
+    **recurrent.FAMILIES,
+}
+TIED_BY_DEFAULT = decoders.TIED_BY_DEFAULT | encoders.TIED_BY_DEFAULT | recurrent.TIED_BY_DEFAULT
+_HEAD_SIZE_BY_DEFAULT: Mapping[str, int] = {**decoders.HEAD_SIZE_BY_DEFAULT, **recurrent.HEAD_SIZE_BY_DEFAULT}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +32,24 @@ class Sizes:
     head: int | None = None
     channels: int | None = None
     words: int | None = None
+    mixer: recurrent.Mixer | None = None
 
     def of(self, unit: str) -> int | None:
         return self.channels if unit == "channel" else self.words
+
+    def for_block(self, slot: Slot) -> Sizes:
+        """With the heads of a mixer, and the groups that they share, for those of attention, in a mixer's block."""
+        if slot.meaning != "mixer" or self.mixer is None:
+            return self
+        return replace(self, query=self.mixer.heads, key_value=self.mixer.groups)
 
 
 def sizes_of(config: Mapping[str, Any]) -> Sizes | None:
     """What a config tells of its model's sizes, by the names in use; None where it tells of no heads."""
     query = _first(config, "num_attention_heads", "n_head", "n_heads")
+    mixer = recurrent.mixer_of(config)
+    if query is None and (mixer or str(config.get("model_type")) in recurrent.FAMILIES):
+        query = 1  # no layer of attention
     if query is None:
         return None
     width = _first(config, "hidden_size", "n_embd", "dim", "d_model")
@@ -46,6 +60,7 @@ def sizes_of(config: Mapping[str, Any]) -> Sizes | None:
         head=_first(config, "head_dim") or by_default or (width // query if width and width % query == 0 else None),
         channels=_first(config, "intermediate_size", "n_inner", "hidden_dim"),
         words=_first(config, "vocab_size"),
+        mixer=mixer,
     )
 
 
