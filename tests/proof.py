@@ -24,10 +24,11 @@ CHECKS = ("files", "weights", "forward", "backward", "generic", "self-test")
 
 @dataclass(frozen=True)
 class Proof:
-    """What came of one architecture at one rank count. Errors are relative; ``replicated`` maps the pattern of a rule
+    """What came of one architecture at one rank count. ``size``: bytes of the whole model. Errors are relative; ``replicated`` maps the pattern of a rule
     (or of rows of biases) to the bytes that all ranks together hold of its tensors beyond one copy."""
 
     tp: int
+    size: int
     forward: float
     backward: float
     gathers: int
@@ -63,6 +64,7 @@ def prove(architecture: Architecture, source: Path, scratch: Path, tp: int) -> P
     forward = figures(report, "forward")
     return Proof(
         tp,
+        sum(byte_count(item.stored.dtype, item.want.shape) for item in conversion.plan.items),
         forward["worst_relative_error"],
         figures(report, "backward")["worst_relative_error"],
         forward["gathers"],

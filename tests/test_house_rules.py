@@ -16,14 +16,14 @@ PACKAGE = Path(__file__).parent.parent / "tpshard"
 FAMILIES = tuple(f"verify.families.{path.stem}" for path in sorted((PACKAGE / "verify/families").glob("[a-z]*.py")))
 FLOORS: list[tuple[str, ...]] = [
     ("__init__", "errors"),
-    ("layout", "expressions", "patterns", "document", "digest", "roles", "launch"),
-    ("header", "partition", "folder", "manifest", "manifest_parsing"),
+    ("layout", "expressions", "patterns", "document", "digest", "roles", "launch", "mesh"),
+    ("stages", "header", "partition", "folder", "manifest", "manifest_parsing"),
     ("policy", "policy_parsing", "library", "policy_schema", "assignment", "checkpoint"),
-    ("policy_check", "quantised", "plan", "slabs"),
+    ("grid", "policy_check", "quantised", "plan", "slabs"),
     ("staging", "sources", "outputs", "execute", "convert", "summary", "demo"),
     ("verify.report", "verify.slots", *FAMILIES, "verify.families.__init__"),
-    ("verify.axes", "verify.differences", "verify.ties", "verify.layout"),
-    ("verify.files", "verify.weights", "verify.request"),
+    ("verify.axes", "verify.differences", "verify.ties", "verify.layout", "verify.grid_layout"),
+    ("verify.folding", "verify.files", "verify.weights", "verify.request"),
     ("verify.values", "verify.blocks", "verify.block_tensor", "verify.block_operations", "verify.generic"),
     ("verify.inputs", "verify.models", "verify.factory_model", "verify.placement", "verify.gradients"),
     (
@@ -47,7 +47,8 @@ FLOORS: list[tuple[str, ...]] = [
 ORDER = {module: place for place, module in enumerate(module for floor in FLOORS for module in floor)}
 WITH_TORCH = {name for name in ORDER if name.startswith("verify.")} - {
     "verify.report", "verify.slots", *FAMILIES, "verify.families.__init__",
-    "verify.axes", "verify.differences", "verify.ties", "verify.layout",
+    "verify.axes", "verify.differences", "verify.ties", "verify.layout", "verify.grid_layout",
+    "verify.folding",
     "verify.files", "verify.weights", "verify.request", "verify.run", "verify.__init__",
 }  # fmt: skip
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from tpshard.checkpoint import Checkpoint, open_full
 from tpshard.errors import UsageError
 from tpshard.verify.files import check_files, default_workers
-from tpshard.verify.layout import check_layout
+from tpshard.verify.folding import fold
+from tpshard.verify.grid_layout import check_layout_of_grid
 from tpshard.verify.report import CheckResult, Report, timed
 from tpshard.verify.request import Request
 from tpshard.verify.weights import check_weights, same_tensors
@@ -38,7 +39,7 @@ def _checks(request: Request) -> Iterator[CheckResult]:
     if request.wants("weights"):
         yield check_weights(shards, source, workers, request.progress)
     if request.wants("layout"):
-        yield check_layout(shards)
+        yield check_layout_of_grid(shards)
     if request.wants("forward"):
         yield from _model_checks(shards, source, request)
 
@@ -55,7 +56,7 @@ def _model_checks(shards: Checkpoint, source: Checkpoint | None, request: Reques
     from tpshard.verify.values import StoredWeights
 
     wanted = ModelRequest(request.factory, request.backward, request.isolate, request.device)
-    with StoredWeights(shards, source) as weights:
+    with StoredWeights(fold(shards), source) as weights:
         yield from check_model(weights, wanted)
     for checkpoint in (shards, source) if source else (shards,):
         checkpoint.check_unchanged()

@@ -9,7 +9,8 @@ from tpshard.checkpoint import Checkpoint, open_full, open_shards
 from tpshard.errors import UsageError
 from tpshard.manifest_parsing import read_manifest
 from tpshard.verify.files import check_files, default_workers
-from tpshard.verify.layout import check_layout
+from tpshard.verify.folding import fold
+from tpshard.verify.grid_layout import check_layout_of_grid
 from tpshard.verify.model_checks import ModelRequest, check_model
 from tpshard.verify.processes import Group, ProcessLockstep, connected
 from tpshard.verify.report import CheckResult, Report, timed
@@ -50,13 +51,16 @@ def _checks(request: Request, group: Group) -> Iterator[CheckResult]:
     if request.wants("weights"):
         yield _weights(shards, source, group, workers, request)
     if request.wants("layout"):
-        yield check_layout(shards)
+        yield check_layout_of_grid(shards)
     if request.wants("forward"):
         yield from _model_checks(shards, source, group, request)
 
 
 def _same_number(request: Request, group: Group) -> None:
-    ranks = read_manifest(request.folder).ranks
+    mesh = read_manifest(request.folder).mesh
+    ranks = mesh.ranks
+    if mesh.pp > 1:
+        raise UsageError(f"{request.folder}: has {mesh.pp} pipeline stages", hint="verify them in one process")
     if ranks != group.size:
         raise UsageError(f"{group.size} processes for {ranks} ranks", hint=f"start {ranks}, or one alone")
 
@@ -84,7 +88,7 @@ def _model_checks(
     wanted = ModelRequest(
         request.factory, request.backward, request.isolate, request.device, new_lock=lambda _: ProcessLockstep(group)
     )
-    with StoredWeights(shards, source) as weights:
+    with StoredWeights(fold(shards), source) as weights:
         yield from check_model(weights, wanted)
     for checkpoint in (shards, source) if source else (shards,):
         group.everywhere(checkpoint.check_unchanged)
