@@ -24,7 +24,10 @@ from tpshard.checkpoint import Checkpoint, open_shards
 from tpshard.convert import plan_split, run
 from tpshard.errors import PolicyError
 from tpshard.layout import Layout
+from tpshard.library import builtin_policies
+from tpshard.mesh import Grid, Mesh
 from tpshard.roles import Role
+from tpshard.stages import deal_stages
 from tpshard.verify.families import recurrent
 from tpshard.verify.report import CheckResult, Verdict
 from tpshard.verify.request import Request
@@ -217,3 +220,56 @@ def test_what_does_not_fit_is_refused(
     save(architecture(name, **changes), tmp_path / "source")
     with pytest.raises(PolicyError, match=refusal):
         plan_split(tmp_path / "source", tmp_path / "shards", tp)
+
+
+# ---------------------------------------------------------------------------------------------- grids
+
+
+def test_every_policy_but_those_of_shared_blocks_has_stages(tmp_path: Path) -> None:
+    """Zamba's later layers use what is stored with an earlier one."""
+    for number, found in enumerate(ARCHITECTURES):
+        source = tmp_path / str(number)
+        save(found, source)
+        if found.model_type in ("zamba", "zamba2"):
+            with pytest.raises(PolicyError, match="stages does not say where"):
+                plan_split(source, tmp_path / "shards", Grid(Mesh(2, pp=2)))
+        else:
+            assert plan_split(source, tmp_path / "shards", Grid(Mesh(2, pp=2))).warnings == (), found.name
+
+
+def test_what_predicts_one_more_word_goes_with_the_last_stage_and_what_sees_with_the_first() -> None:
+    ends = {
+        "qwen3_5": (
+            ["model.visual.merger.norm.weight", "model.visual.blocks.0.attn.qkv.bias"],
+            ["mtp.fc.weight", "mtp.layers.0.self_attn.q_proj.weight", "mtp.norm.weight"],
+        ),
+        "nemotron_h": ([], ["mtp.layers.0.eh_proj.weight", "mtp.layers.1.mixer.experts.2.up_proj.weight"]),
+    }
+    layers = {"qwen3_5": "model.language_model.layers", "nemotron_h": "backbone.layers"}
+    for name, (first, last) in ends.items():
+        inner = [f"{layers[name]}.{number}.norm.weight" for number in (0, 1)]
+        dealt = deal_stages(builtin_policies()[name].stages, name, dict.fromkeys([*first, *inner, *last], 1), 2)
+        assert dealt == {**dict.fromkeys(first, (0,)), inner[0]: (0,), inner[1]: (1,), **dict.fromkeys(last, (1,))}
+
+
+@pytest.mark.parametrize(
+    ("name", "grid"),
+    [
+        ("jamba", Grid(Mesh(2, ep=3, pp=2))),
+        sweep("nemotron_h", Grid(Mesh(2, ep=3, pp=2))),
+        sweep("granitemoehybrid", Grid(Mesh(2, ep=3))),
+        sweep("qwen3_next", Grid(Mesh(2, ep=3, pp=2))),
+        sweep("qwen3_5_moe", Grid(Mesh(2, ep=3, pp=2))),
+        sweep("kimi_linear", Grid(Mesh(2, ep=3, pp=2))),
+        sweep("lfm2_moe", Grid(Mesh(2, ep=3, pp=2))),
+        sweep("falcon_h1", Grid(Mesh(2, pp=2))),
+        sweep("xlstm", Grid(Mesh(2, pp=2))),
+        sweep("rwkv", Grid(Mesh(2, pp=2))),
+    ],
+)
+def test_groups_of_experts_and_stages(name: str, grid: Grid, tmp_path: Path) -> None:
+    save(architecture(name), tmp_path / "source")
+    run(plan_split(tmp_path / "source", tmp_path / "shards", grid))
+    report = verify(Request(tmp_path / "shards", against=tmp_path / "source", workers=1))
+    assert report.verdict is Verdict.PASS, report
+    assert next(check for check in report.checks if check.name == "forward").verdict is Verdict.PASS
