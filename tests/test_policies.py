@@ -25,10 +25,15 @@ from tpshard.verify.request import Request
 from tpshard.verify.run import verify
 
 MODEL_CHECKS = ("forward", "backward", "generic", "self-test")
-_QWEN_NEXT = "mtp.fc", "mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden", "mtp.norm", "mtp.layers.0.mlp.gate_proj"
-ONE_MORE_WORD = {  # layers that transformers leaves out
-    **dict.fromkeys(("qwen3_next", "qwen3_5_text"), _QWEN_NEXT),
-    "nemotron_h": [f"mtp.layers.0.{name}" for name in ("enorm", "hnorm", "eh_proj", "norm", "mixer.q_proj")],
+_ONE_MORE_WORD = [  # a layer that transformers leaves out
+    f"mtp.{name}.weight"
+    for name in ("fc", "pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm", "layers.0.self_attn.q_proj")
+]
+ON_THE_HUB = {
+    "qwen3_next": _ONE_MORE_WORD,
+    "qwen3_5": _ONE_MORE_WORD,
+    "qwen3_5_moe": [f"model.language_model.layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")],
+    "nemotron_h": [f"mtp.layers.0.{name}.weight" for name in ("enorm", "hnorm", "eh_proj", "norm", "mixer.q_proj")],
 }
 GROUPED = [kind for kind in tiny_models.SIZES if "num_key_value_heads" in tiny_models.SIZES[kind]]
 
@@ -101,7 +106,7 @@ def old_buffers(checkpoint: Checkpoint) -> dict[str, Shape]:
         **{f"{attention}.bias": (1, 1, 40, 40) for attention in attentions},
         **{f"{attention}.masked_bias": () for attention in attentions},
         **{f"{place}.position_ids": (1, 40) for place in embeddings},
-        **{f"{name}.weight": (44,) for name in ONE_MORE_WORD.get(str(checkpoint.config["model_type"]), ())},
+        **{name: (44,) for name in ON_THE_HUB.get(str(checkpoint.config["model_type"]), ())},
     }
 
 

@@ -62,7 +62,7 @@ _LFM2 = GROUPED | {"layer_types": ["conv", "full_attention"], "block_auto_adjust
 _RECURRENT_GEMMA = GROUPED | {
     "num_key_value_heads": 1, "num_hidden_layers": 3, "lru_width": 72, "attention_window_size": 16,
 }  # fmt: skip
-_XLSTM = BASE | {
+_XLSTM = _STATES | {
     "hidden_size": 40, "num_heads": 8, "qk_dim_factor": 1.4, "v_dim_factor": 3.0, "ffn_proj_factor": 1.7,
     "ffn_round_up_to_multiple_of": 26, "chunk_size": 8,
 }  # fmt: skip

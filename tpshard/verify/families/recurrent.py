@@ -86,6 +86,32 @@ _LFM2 = {
     "feed_forward.w3": Slot("channel", OUT),
     "feed_forward.w2": Slot("channel", IN, consumer=True),
 }
+_RWKV = {
+    "embeddings": Slot("word", 0, consumer=True),
+    **dict.fromkeys(
+        [f"attention.{name}" for name in ("key", "value", "receptance", "time_decay", "time_first")],
+        Slot("mixer", 0, mixer=("x channel",)),
+    ),
+    "attention.output": Slot("mixer", IN, consumer=True, mixer=("x channel",)),
+    "feed_forward.key": Slot("channel", OUT),
+    "feed_forward.value": Slot("channel", IN, consumer=True),
+    "head": Slot("word", 0),
+}
+_XLSTM = {
+    "embeddings": Slot("word", 0, consumer=True),
+    **dict.fromkeys([f"mlstm_layer.{name}" for name in "qk"], Slot("mixer", 0, mixer=("q head",))),
+    **dict.fromkeys(
+        [f"mlstm_layer.{name}" for name in ("v", "ogate_preact", "multihead_norm")], Slot("mixer", 0, mixer=("v head",))
+    ),
+    **dict.fromkeys(
+        [f"mlstm_layer.{name}" for name in ("igate_preact", "fgate_preact")], Slot("mixer", 0, mixer=("decay head",))
+    ),
+    "mlstm_layer.out_proj": Slot("mixer", IN, consumer=True, mixer=("v head",)),
+    "ffn.proj_up": Slot("channel", OUT),
+    "ffn.proj_up_gate": Slot("channel", OUT),
+    "ffn.proj_down": Slot("channel", IN, consumer=True),
+    "lm_head": Slot("word", 0),
+}
 
 FAMILIES: Mapping[str, Mapping[str, Slot]] = {
     **dict.fromkeys(("mamba", "falcon_mamba"), _MAMBA),
@@ -94,6 +120,8 @@ FAMILIES: Mapping[str, Mapping[str, Slot]] = {
     **dict.fromkeys(("bamba", "falcon_h1"), _BAMBA),
     "olmo_hybrid": _OLMO_HYBRID,
     **dict.fromkeys(("lfm2", "lfm3"), _LFM2),
+    "rwkv": _RWKV,
+    "xlstm": _XLSTM,
 }
 TIED_BY_DEFAULT = frozenset({"mamba", "falcon_mamba", "lfm2", "lfm3"})
 HEAD_SIZE_BY_DEFAULT: Mapping[str, int] = {"lfm3": 128}
@@ -107,6 +135,13 @@ def mixer_of(config: Mapping[str, Any]) -> Mixer | None:
                 return _channels(config["mamba_expand"] * config["hidden_size"])
             case "lfm2" | "lfm3":
                 return _channels(config["hidden_size"])
+            case "rwkv":
+                return _channels(config.get("attention_hidden_size") or config["hidden_size"])
+            case "xlstm":
+                heads = config["num_heads"]
+                width = config["hidden_size"]
+                query, value = (int(width * config[key]) // heads for key in ("qk_dim_factor", "v_dim_factor"))
+                return Mixer(heads, heads, {"q head": query, "v head": value, "decay head": 1})
             case "mamba2":
                 inner = config["num_heads"] * config["head_dim"]
                 return _states(config["num_heads"], inner, config["n_groups"], config["state_size"])
