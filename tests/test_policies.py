@@ -106,7 +106,7 @@ def old_buffers(checkpoint: Checkpoint) -> dict[str, Shape]:
         **{f"{attention}.bias": (1, 1, 40, 40) for attention in attentions},
         **{f"{attention}.masked_bias": () for attention in attentions},
         **{f"{place}.position_ids": (1, 40) for place in embeddings},
-        **{name: (44,) for name in ON_THE_HUB.get(str(checkpoint.config["model_type"]), ())},
+        **dict.fromkeys(ON_THE_HUB.get(str(checkpoint.config["model_type"]), ()), (44,)),
     }
 
 
