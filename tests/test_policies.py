@@ -25,6 +25,16 @@ from tpshard.verify.request import Request
 from tpshard.verify.run import verify
 
 MODEL_CHECKS = ("forward", "backward", "generic", "self-test")
+_ONE_MORE_WORD = [  # a layer that transformers leaves out
+    f"mtp.{name}.weight"
+    for name in ("fc", "pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm", "layers.0.self_attn.q_proj")
+]
+ON_THE_HUB = {
+    "qwen3_next": _ONE_MORE_WORD,
+    "qwen3_5": _ONE_MORE_WORD,
+    "qwen3_5_moe": [f"model.language_model.layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")],
+    "nemotron_h": [f"mtp.layers.0.{name}.weight" for name in ("enorm", "hnorm", "eh_proj", "norm", "mixer.q_proj")],
+}
 GROUPED = [kind for kind in tiny_models.SIZES if "num_key_value_heads" in tiny_models.SIZES[kind]]
 
 
@@ -92,7 +102,7 @@ def variants(found: Iterable[Architecture]) -> Iterator[tuple[Any, str]]:
 
 
 def old_buffers(checkpoint: Checkpoint) -> dict[str, Shape]:
-    """What files of older versions hold besides the weights."""
+    """What files of older versions, or on the hub, hold besides the weights."""
     rotary = [".self_attn.o_proj.", ".self_attn.dense."]
     layers = {name.partition(end)[0] for name in checkpoint.tensors for end in rotary if end in name}
     attentions = {name.rpartition(".c_attn.")[0] for name in checkpoint.tensors if ".c_attn." in name}
@@ -114,6 +124,7 @@ def old_buffers(checkpoint: Checkpoint) -> dict[str, Shape]:
         **fused.old_buffers(checkpoint),
         **{f"{place}.experts.{name}": (5, 38, 44) for place in experts for name in ("gate_up_proj", "down_proj")},
         **(FURTHER if experts else {}),
+        **dict.fromkeys(ON_THE_HUB.get(str(checkpoint.config["model_type"]), ()), (44,)),
     }
 
 

@@ -484,6 +484,12 @@ def test_difference_is_never_fooled() -> None:
     one_of_many = many.clone()
     one_of_many[1, 7] *= 1 + 2e-10  # a mean over all positions is 3e-11
     assert difference(one_of_many, many)[1]
+    alone = torch.randn(
+        40, 1, dtype=torch.float64
+    )  # one number at each position: rounding is no fault where it is small
+    alone[7] = 1e-8
+    assert not difference(alone + 3e-16, alone)[1]
+    assert difference(alone + 1e-11, alone)[1]
     zeros = torch.zeros(2, 2, dtype=torch.float64)
     assert difference(zeros, zeros) == (0.0, False)
     assert difference(zeros + 1e-300, zeros)[1]

@@ -47,7 +47,7 @@ class Architecture:
 
 
 def architectures() -> tuple[Architecture, ...]:
-    from tests.architectures import decoders, encoders, experts, fused, llama_kin, senses, translators
+    from tests.architectures import decoders, encoders, experts, fused, llama_kin, recurrent, senses, translators
 
-    modules = decoders, encoders, experts, fused, llama_kin, senses, translators
+    modules = decoders, encoders, experts, fused, llama_kin, recurrent, senses, translators
     return tuple(found for module in modules for found in module.ARCHITECTURES)

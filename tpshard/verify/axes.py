@@ -72,6 +72,8 @@ def parts_of(tensor: Stored, slot: Slot, axis: int, sizes: Sizes) -> list[Part]:
             parts = _fused(Part("key-value group", key_value, query // key_value + 2), size, sizes)
         case "qvk_in_fours":
             parts = _in_fours(query, size, sizes)
+        case "mixer":
+            parts = _of_mixer(slot, sizes)
         case "kv":
             parts = _heads([("key head", key_value), ("value head", key_value)], slot, size, sizes)
     if sum(part.cells for part in parts) != size:
@@ -96,6 +98,13 @@ def _in_fours(query: int, size: int, sizes: Sizes) -> list[Part]:
     width, quarter = sizes.head or size // (3 * query), query // 4
     labels = ("query head", "value head", "key head")
     return [Part(label, quarter, width, first) for first in range(0, 4 * quarter, quarter or 1) for label in labels]
+
+
+def _of_mixer(slot: Slot, sizes: Sizes) -> list[Part]:
+    mixer = sizes.mixer
+    if mixer is None:
+        raise ValueError(f"is of {' and '.join(slot.mixer)}, of which config.json says nothing")
+    return [Part(label, mixer.units_of(label), mixer.widths[label]) for label in slot.mixer]
 
 
 def _misfit(axis: int, size: int, parts: list[Part], ranks: int) -> str:

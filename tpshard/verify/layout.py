@@ -76,12 +76,14 @@ def check_layout(shards: Checkpoint, complete: bool = True) -> CheckResult:
         except ValueError as error:
             findings.append(Finding(str(error), tensor=tensor.name))
             continue
+        if slot.may_be_whole and tensor.layout.is_replicated:
+            continue
         if slot.must_be_whole:
             findings += _must_be_whole(tensor) or _check_norm(member, shards.tensors)
         else:
             blocks.setdefault(_block(tensor, slot), []).append(member)
     for block in blocks.values():
-        findings += _check_block(block, sizes[stack_of(block[0].tensor.name)], shards.ranks)
+        findings += _check_block(block, sizes[stack_of(block[0].tensor.name)].for_block(block[0].slot), shards.ranks)
     named = {finding.tensor for finding in findings}
     findings += (f for f in check_siblings(shards.tensors.values()) if f.tensor not in named)
     findings += check_ties(shards, family) if complete else []
@@ -96,7 +98,7 @@ def _block(tensor: Stored, slot: Slot) -> str:
     numbered = re.match(r"(.*\.\d+)\.", tensor.name)
     of_heads = "cross-attention" if slot.cross else "attention"
     of_channels = f"{slot.expert} experts" if slot.expert else "feed-forward"
-    kind = of_heads if slot.meaning in OF_ATTENTION else of_channels
+    kind = of_heads if slot.meaning in OF_ATTENTION else "mixer" if slot.mixer else of_channels
     return f"{numbered[1] if numbered else ''}:{kind}"
 
 
@@ -244,12 +246,13 @@ def _wanted(parts: list[Part], slot: Slot, sizes: Sizes, way: Dealing, rank: int
             units = np.arange(min(rank * way.padded, count), min((rank + 1) * way.padded, count))
         elif slot.meaning == "word":
             units = balanced(count, ranks, rank)
-        elif slot.meaning not in OF_ATTENTION:
+        elif slot.meaning not in OF_ATTENTION and not label.endswith(("head", "group")):
             blocks = balanced(count // way.channels, ranks, rank)
             units = (blocks[:, None] * way.channels + np.arange(way.channels)).reshape(-1)
         else:
             units = way.query_heads(rank)
-            if label not in BY_QUERY_HEAD:  # those that the rank's query heads use
+            by_group = label.endswith("group") if slot.mixer else label not in BY_QUERY_HEAD
+            if by_group:  # those that the rank's query heads use
                 units = np.unique(units // (sizes.query // sizes.key_value))
             units = units[(units >= first) & (units < first + count)] - first
         cells.append(base + (units[:, None] * width + np.arange(width)).reshape(-1))

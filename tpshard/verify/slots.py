@@ -11,7 +11,7 @@ from tpshard.layout import Shape
 
 Meaning = Literal[
     "query", "key_value", "qkv", "kv", "qkv_by_head", "qkv_by_group", "qvk_in_fours",
-    "channel", "gate_up", "gate_up_pairs", "word", "head_cell", "hidden",
+    "channel", "gate_up", "gate_up_pairs", "word", "head_cell", "hidden", "mixer",
 ]  # fmt: skip
 OF_ATTENTION = frozenset({"query", "key_value", "qkv", "kv", "qkv_by_head", "qkv_by_group", "qvk_in_fours"})
 
@@ -31,6 +31,8 @@ class Slot:
     ``width``: the config keys whose sum is the size of a head here, where heads are not all of one size. ``expert``:
     of experts that a router chooses, or of those that every token meets, each a block of their own with as many
     channels as they like; ``stacked``: all experts one after another along the axis.
+    ``mixer``: the parts of an axis in a state space, linear attention or a convolution, as the config's Mixer knows
+    them. ``may_be_whole``: ranks take of it what is theirs.
     """
 
     meaning: Meaning
@@ -42,6 +44,8 @@ class Slot:
     width: tuple[str, ...] = ()
     expert: Literal["", "routed", "shared"] = ""
     stacked: bool = False
+    mixer: tuple[str, ...] = ()
+    may_be_whole: bool = False
 
     def axis_of(self, shape: Shape) -> int | None:
         if len(shape) >= 2:

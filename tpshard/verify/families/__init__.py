@@ -8,20 +8,31 @@ which word. Sources: the architectures' published modelling code and configs.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tpshard.verify.families import decoders, encoders, experts, fused, llama_kin, remote_code, senses, translators
+from tpshard.verify.families import (
+    decoders,
+    encoders,
+    experts,
+    fused,
+    llama_kin,
+    recurrent,
+    remote_code,
+    senses,
+    translators,
+)
 from tpshard.verify.slots import Slot
 
-_MODULES = decoders, encoders, experts, fused, llama_kin, remote_code, senses, translators
+_MODULES = decoders, encoders, experts, fused, llama_kin, recurrent, remote_code, senses, translators
 FAMILIES: Mapping[str, Mapping[str, Slot]] = {kind: slots for file in _MODULES for kind, slots in file.FAMILIES.items()}
 TIED_BY_DEFAULT = frozenset(kind for file in _MODULES for kind in file.TIED_BY_DEFAULT)
-_HEAD_SIZE_BY_DEFAULT = {
-    **decoders.HEAD_SIZE_BY_DEFAULT,
-    **llama_kin.HEAD_SIZE_BY_DEFAULT,
-    **experts.HEAD_SIZE_BY_DEFAULT,
+_HEAD_SIZE_BY_DEFAULT: Mapping[str, int] = {
+    kind: size for file in (decoders, experts, llama_kin, recurrent) for kind, size in file.HEAD_SIZE_BY_DEFAULT.items()
 }
+_CHANNELS = (
+    "intermediate_size_mlp", "intermediate_size", "n_inner", "hidden_dim", "ffn_dim", "ffn_hidden_size", "dff",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +50,7 @@ class Sizes:
     experts: int | None = None
     expert_channels: int | None = None
     widths: Mapping[str, int] = field(default_factory=dict)
+    mixer: recurrent.Mixer | None = None
 
     def channels_of(self, slot: Slot) -> int | None:
         """Of a feed-forward, or of one expert; those that every token meets may have any number."""
@@ -55,6 +67,12 @@ class Sizes:
             return self.head
         return sum(self.widths[key] for key in slot.width) if set(slot.width) <= set(self.widths) else None
 
+    def for_block(self, slot: Slot) -> Sizes:
+        """With the heads of a mixer, and the groups that they share, for those of attention, in a mixer's block."""
+        if slot.meaning != "mixer" or self.mixer is None:
+            return self
+        return replace(self, query=self.mixer.heads, key_value=self.mixer.groups)
+
 
 def family_of(config: Mapping[str, Any]) -> Mapping[str, Slot] | None:
     """The slots of a config's architecture; None where nothing is known of it."""
@@ -66,6 +84,9 @@ def sizes_of(config: Mapping[str, Any], tensor: str = "") -> Sizes | None:
     and decoder differ, those of the stack that ``tensor`` is in."""
     config = translators.config_of(config, translators.stack_of(tensor))
     query = _first(config, "num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
+    mixer = recurrent.mixer_of(config)
+    if query is None and (mixer or str(config.get("model_type")) in recurrent.FAMILIES):
+        query = 1  # no layer of attention
     if query is None:
         return None
     width = _first(config, "hidden_size", "n_embd", "dim", "d_model")
@@ -84,6 +105,7 @@ def sizes_of(config: Mapping[str, Any], tensor: str = "") -> Sizes | None:
         expert_channels=_first(inner, "ffn_hidden_size")
         or _first(config, "moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size"),
         widths={key: value for key in config if (value := _first(config, key)) is not None},
+        mixer=mixer,
     )
 
 
