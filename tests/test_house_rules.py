@@ -17,12 +17,40 @@ FLOORS: list[tuple[str, ...]] = [
     ("__init__", "errors"),
     ("layout", "expressions", "patterns", "document", "digest", "roles", "launch"),
     ("header", "partition", "folder", "manifest", "manifest_parsing"),
-    ("policy", "policy_parsing", "library", "policy_schema", "assignment", "checkpoint"),
-    ("policy_check", "quantised", "plan", "slabs"),
-    ("staging", "sources", "outputs", "execute", "convert", "summary", "demo"),
-    ("verify.report", "verify.families", "verify.axes", "verify.differences", "verify.ties", "verify.layout"),
+    ("policy", "policy_parsing", "library", "policy_schema", "assignment", "checkpoint", "companions"),
+    ("policy_check", "plan", "slabs"),
+    (
+        "staging",
+        "sources",
+        "quantised_layer",
+        "quantised_packed",
+        "quantised_formats",
+        "quantised",
+        "outputs",
+        "execute",
+        "convert",
+        "summary",
+        "demo",
+    ),
+    (
+        "verify.report",
+        "verify.families",
+        "verify.axes",
+        "verify.differences",
+        "verify.ties",
+        "verify.layout",
+        "verify.companions",
+    ),
     ("verify.files", "verify.weights", "verify.request"),
-    ("verify.values", "verify.blocks", "verify.block_tensor", "verify.block_operations", "verify.generic"),
+    (
+        "verify.values",
+        "verify.dequantise",
+        "verify.logical",
+        "verify.blocks",
+        "verify.block_tensor",
+        "verify.block_operations",
+        "verify.generic",
+    ),
     ("verify.inputs", "verify.models", "verify.factory_model", "verify.placement", "verify.gradients"),
     (
         "verify.lockstep",
@@ -45,7 +73,7 @@ FLOORS: list[tuple[str, ...]] = [
 ORDER = {module: place for place, module in enumerate(module for floor in FLOORS for module in floor)}
 WITH_TORCH = {name for name in ORDER if name.startswith("verify.")} - {
     "verify.report", "verify.families", "verify.axes", "verify.differences", "verify.ties", "verify.layout",
-    "verify.files", "verify.weights", "verify.request", "verify.run", "verify.__init__",
+    "verify.companions", "verify.files", "verify.weights", "verify.request", "verify.run", "verify.__init__",
 }  # fmt: skip
 
 

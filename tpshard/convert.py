@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tpshard.assignment import assign
 from tpshard.checkpoint import Checkpoint, open_full, open_shards
+from tpshard.companions import assign_stored
 from tpshard.digest import hasher_factory
 from tpshard.errors import InputError, UsageError
 from tpshard.execute import Written, execute
@@ -21,7 +21,7 @@ from tpshard.library import choose_policy, policy_as_data, policy_from_data
 from tpshard.manifest import CarriedRecord, Manifest, SourceFile, TensorRecord, manifest_bytes, shard_spans
 from tpshard.plan import Item, Output, Plan, arrange, bytes_of_ranks
 from tpshard.policy import Policy
-from tpshard.quantised import refuse_quantised
+from tpshard.quantised import read_quantised
 from tpshard.roles import Role
 from tpshard.staging import Staging, check_space, check_target, storage_errors
 
@@ -77,7 +77,6 @@ def plan_split(source: Path, target: Path, tp: int, policy: str = "auto", option
         raise UsageError(f"{source}: is a shard folder already", hint="tpshard reshard cuts it for other ranks")
     check_target(target, source)
     checkpoint = open_full(source)
-    refuse_quantised(checkpoint)
     return _to_shards(checkpoint, target, tp, choose_policy(policy, checkpoint.config), options)
 
 
@@ -148,7 +147,7 @@ def run(conversion: Conversion, options: Options = Options()) -> Done:
 
 
 def _to_shards(checkpoint: Checkpoint, target: Path, tp: int, policy: Policy, options: Options) -> Conversion:
-    assigned = assign(policy, checkpoint.config, checkpoint.shapes, tp)
+    assigned = assign_stored(policy, checkpoint.config, checkpoint.shapes, tp, read_quantised(checkpoint))
     wanted = assigned.tensors
     items = [Item(tensor, wanted[name].layout) for name, tensor in checkpoint.tensors.items()]
     groups = arrange(items, tp, options.max_shard_size or DEFAULT_MAX_SHARD_SIZE)

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tpshard.assignment import assign, match_all
+from tpshard.assignment import match_all
 from tpshard.checkpoint import Checkpoint
+from tpshard.companions import DENSE, Quantised, assign_stored
 from tpshard.errors import PolicyError
-from tpshard.partition import Cut, legal_ranks
+from tpshard.partition import ANY, Cut, legal_ranks
 from tpshard.policy import Policy, Rule, rule_cut
 
 
@@ -82,18 +83,26 @@ class PolicyCheck:
         }
 
 
-def check_policy(policy: Policy, checkpoint: Checkpoint, ranks: Sequence[int] = ()) -> PolicyCheck:
-    """Match every tensor and try every rank count.
+def check_policy(
+    policy: Policy, checkpoint: Checkpoint, ranks: Sequence[int] = (), quantised: Quantised = DENSE
+) -> PolicyCheck:
+    """Match every tensor and try every rank count; a quantised weight counts as one tensor.
 
     Raises PolicyError where tensors have no rule or two, and where a rule cannot apply at any rank count (heads that
     do not divide an axis, a key that the config lacks).
     """
-    shapes, config = checkpoint.shapes, checkpoint.config
-    unused = assign(policy, config, shapes, 1).unused  # one rank takes any units: what fails here fails everywhere
+    config = checkpoint.config
+    # one rank takes any units: what fails here fails everywhere
+    unused = assign_stored(policy, config, checkpoint.shapes, 1, quantised).unused
+    shapes = quantised.shapes(checkpoint.shapes)
+    grains = quantised.grains(shapes)
     counted: Counter[tuple[Rule | None, int | None, Cut | None]] = Counter()
     rules = match_all(policy, shapes)
     for name, rule in rules.items():
-        axis, cut = (rule_cut(rule, policy, config, shapes[name]) if rule else None) or (None, None)
+        axis, cut = (rule_cut(rule, policy, config, shapes[name], grains.get(name, ANY)) if rule else None) or (
+            None,
+            None,
+        )
         counted[rule, axis, cut] += 1
     order = {id(rule): place for place, rule in enumerate(policy.rules)}
     uses = [Use(rule, count, axis, cut) for (rule, axis, cut), count in counted.items()]
@@ -102,14 +111,14 @@ def check_policy(policy: Policy, checkpoint: Checkpoint, ranks: Sequence[int] = 
         tensors=len(shapes),
         uses=tuple(sorted(uses, key=lambda use: (order.get(id(use.rule), len(order)), use.cut is None))),
         legal=tuple(legal_ranks(cut for _, _, cut in counted if cut)),
-        trials=tuple(_trial(policy, checkpoint, count) for count in ranks),
+        trials=tuple(_trial(policy, checkpoint, count, quantised) for count in ranks),
         warnings=(*checkpoint.warnings, *(f"{rule.mark}: rule '{rule.key}' matches no tensor" for rule in unused)),
     )
 
 
-def _trial(policy: Policy, checkpoint: Checkpoint, ranks: int) -> Trial:
+def _trial(policy: Policy, checkpoint: Checkpoint, ranks: int, quantised: Quantised) -> Trial:
     try:
-        assign(policy, checkpoint.config, checkpoint.shapes, ranks)
+        assign_stored(policy, checkpoint.config, checkpoint.shapes, ranks, quantised)
     except PolicyError as error:
         return Trial(ranks, error.message)
     return Trial(ranks, "")

@@ -16,7 +16,7 @@ from tpshard.partition import LARGEST_TP_LISTED
 from tpshard.policy import Policy
 from tpshard.policy_check import PolicyCheck, Use, check_policy, in_runs, in_words
 from tpshard.policy_schema import policy_schema
-from tpshard.quantised import refuse_quantised
+from tpshard.quantised import read_quantised
 
 
 def _counts(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
@@ -94,8 +94,7 @@ def check(wanted: str, folder: Path, ranks: tuple[int, ...], strict: bool, as_js
     tpshard policy check auto llama-8b --tp 16 --json
     """
     checkpoint = open_checkpoint(folder)
-    refuse_quantised(checkpoint)
-    found = check_policy(choose_policy(wanted, checkpoint.config), checkpoint, ranks)
+    found = check_policy(choose_policy(wanted, checkpoint.config), checkpoint, ranks, read_quantised(checkpoint))
     render.warn(found.warnings, strict)
     if as_json:
         render.emit({"command": "policy check", "path": str(folder), **found.as_json()})

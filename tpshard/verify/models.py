@@ -105,6 +105,8 @@ class TransformersModel:
             self.config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
         except Exception as error:
             raise InconclusiveError(f"transformers cannot read {folder}/config.json: {one_line(error)}") from None
+        for part in (self.config, self.config.get_text_config()):
+            part.__dict__.pop("quantization_config", None)  # weights come dequantised
         self._dtype = dtype
         self.skeleton = self._make(frozenset())
         try:

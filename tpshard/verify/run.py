@@ -6,9 +6,11 @@ import importlib.util
 from collections.abc import Iterator
 
 from tpshard.checkpoint import Checkpoint, open_full
+from tpshard.companions import Quantised
 from tpshard.errors import UsageError
+from tpshard.quantised import read_quantised
+from tpshard.verify.companions import check_quantised_layout
 from tpshard.verify.files import check_files, default_workers
-from tpshard.verify.layout import check_layout
 from tpshard.verify.report import CheckResult, Report, timed
 from tpshard.verify.request import Request
 from tpshard.verify.weights import check_weights, same_tensors
@@ -37,13 +39,16 @@ def _checks(request: Request) -> Iterator[CheckResult]:
         return
     if request.wants("weights"):
         yield check_weights(shards, source, workers, request.progress)
+    quantised = read_quantised(source or shards)
     if request.wants("layout"):
-        yield check_layout(shards)
+        yield check_quantised_layout(shards, quantised)
     if request.wants("forward"):
-        yield from _model_checks(shards, source, request)
+        yield from _model_checks(shards, source, quantised, request)
 
 
-def _model_checks(shards: Checkpoint, source: Checkpoint | None, request: Request) -> Iterator[CheckResult]:
+def _model_checks(
+    shards: Checkpoint, source: Checkpoint | None, quantised: Quantised, request: Request
+) -> Iterator[CheckResult]:
     """Where torch is not installed or the tensors are not the source's, the reason."""
     if importlib.util.find_spec("torch") is None:
         yield CheckResult("forward", unproven="torch is not installed (pip install 'tpshard[hf]')")
@@ -51,12 +56,13 @@ def _model_checks(shards: Checkpoint, source: Checkpoint | None, request: Reques
     if source and not same_tensors(shards, source):
         yield CheckResult("forward", unproven="the shards' tensors are not those of the source")
         return
+    from tpshard.verify.logical import logical, with_remark
     from tpshard.verify.model_checks import ModelRequest, check_model
     from tpshard.verify.values import StoredWeights
 
     wanted = ModelRequest(request.factory, request.backward, request.isolate, request.device)
     with StoredWeights(shards, source) as weights:
-        yield from check_model(weights, wanted)
+        yield from with_remark(check_model(logical(weights, quantised), wanted), quantised)
     for checkpoint in (shards, source) if source else (shards,):
         checkpoint.check_unchanged()
 

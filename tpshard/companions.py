@@ -1,0 +1,216 @@
+"""The tensors that make up one quantised weight, and how their layouts follow the weight's.
+
+A policy speaks of weights. A quantised weight is stored as several tensors: packed numbers, scales, zero points. Each
+of their axes follows an axis of the weight, so many of whose cells share one stored cell: eight in a packed word, 128
+in a block. So one division turns the weight's layout into each tensor's, and one multiplication turns it back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal
+
+from tpshard.assignment import Assigned, Assignment, assign
+from tpshard.layout import Layout, Shape, Shard, Span
+from tpshard.partition import Grain
+from tpshard.policy import Policy
+from tpshard.roles import Role
+
+Part = Literal["numbers", "scale", "zero", "group", "multiplier", "divisor", "note"]
+Packing = Literal["", "words", "awq", "nibbles"]
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """A stored axis that follows axis ``of`` of the weight: one cell for ``per`` of the weight's.
+
+    ``indexed``: which cells share one is not ``i // per`` but is said by a group index. Then any rank may need any of
+    them, and the axis stays whole.
+    """
+
+    of: int
+    per: int = 1
+    indexed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Companion:
+    """One stored tensor of a weight.
+
+    ``axes``: None for an axis that does not follow the weight (a single scale, the bytes within a block).
+    ``packing`` along axis ``packed``: ``words`` of 32 bits, the lowest bits first; ``awq``, the same with its own
+    order; ``nibbles`` of bytes, the low one first, for FP4. ``signed``: the packed numbers are moved up by half their
+    range. ``plus`` and ``over``: what is added to the stored zero point, what the stored scale is divided by.
+    """
+
+    name: str
+    dtype: str
+    part: Part
+    shape: Shape
+    axes: tuple[Axis | None, ...]
+    packing: Packing = ""
+    packed: int = -1
+    bits: int = 0
+    signed: bool = False
+    plus: int = 0
+    over: int = 1
+
+    def follows(self, stored: int, whole: Shape) -> Axis | None:
+        """The weight's axis by which a stored axis is cut. One cell for the whole axis is on every rank, unless it is
+        a packed word."""
+        axis = self.axes[stored]
+        if axis is None or axis.indexed:
+            return None
+        single = axis.per > 1 and axis.per >= whole[axis.of] and stored != self.packed
+        return None if single else axis
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A weight as the policy and the model speak of it; the first of its companions holds its numbers."""
+
+    name: str
+    shape: Shape
+    companions: tuple[Companion, ...]
+
+    @property
+    def numbers(self) -> Companion:
+        return self.companions[0]
+
+    @property
+    def multiples(self) -> tuple[int, ...]:
+        """For each axis, what every boundary between ranks has to be a multiple of."""
+        per = [1] * len(self.shape)
+        for companion in self.companions:
+            for stored in range(len(companion.axes)):
+                axis = companion.follows(stored, self.shape)
+                if axis is not None:
+                    per[axis.of] = math.lcm(per[axis.of], axis.per)
+        return tuple(per)
+
+
+@lru_cache(maxsize=4096)
+def divided(layout: Layout, companion: Companion) -> Layout:
+    """A companion's layout, where its weight has ``layout``.
+
+    >>> weight = Layout.along((6, 64), 1, [(Span(0, 32),), (Span(32, 64),)], [32, 32])
+    >>> scales = Companion("scales", "F16", "scale", (4, 6), (Axis(1, 16), Axis(0)))
+    >>> [shard.spans[0] for shard in divided(weight, scales).shards]
+    [(Span(start=0, stop=2),), (Span(start=2, stop=4),)]
+    """
+    return Layout(companion.shape, tuple(shard and _divided(shard, layout.shape, companion) for shard in layout.shards))
+
+
+def _divided(shard: Shard, whole: Shape, companion: Companion) -> Shard:
+    shape: list[int] = []
+    spans: list[tuple[Span, ...]] = []
+    for stored, size in enumerate(companion.shape):
+        axis = companion.follows(stored, whole)
+        if axis is None:
+            shape.append(size)
+            spans.append((Span(0, size),) if size else ())
+            continue
+        runs, length = shard.spans[axis.of], whole[axis.of]
+        for edge in (edge for run in runs for edge in run):
+            if edge % axis.per and edge != length:
+                raise ValueError(f"{companion.name}: a boundary at {edge} is not a multiple of {axis.per}")
+        shape.append(-(-shard.shape[axis.of] // axis.per))
+        spans.append(tuple(Span(a // axis.per, -(-b // axis.per)) for a, b in runs))
+    return Shard(tuple(shape), tuple(spans))
+
+
+def multiplied(layout: Layout, weight: Weight) -> Layout:
+    """The weight's layout, where its numbers have ``layout``."""
+
+    def convert(shard: Shard | None) -> Shard | None:
+        if shard is None:
+            return None
+        shape, spans = list(weight.shape), list(Shard.whole(weight.shape).spans)
+        for stored, axis in enumerate(weight.numbers.axes):
+            if axis is not None:
+                per, size = axis.per, weight.shape[axis.of]
+                runs = tuple(Span(a * per, min(b * per, size)) for a, b in shard.spans[stored])
+                short = runs[-1].stop % per if runs and runs[-1].stop == size else 0
+                shape[axis.of] = shard.shape[stored] * per - (per - short if short else 0)
+                spans[axis.of] = runs
+        return Shard(tuple(shape), tuple(spans))
+
+    return Layout(weight.shape, tuple(map(convert, layout.shards)))
+
+
+@dataclass(frozen=True, slots=True)
+class Quantised:
+    """What is quantised in a checkpoint: the weights by their names, and scalars beside them that are no weight's own
+    (of a key-value cache). Empty for a dense one. ``method`` as config.json says it."""
+
+    method: str
+    weights: Mapping[str, Weight]
+    scalars: frozenset[str] = frozenset()
+
+    def names(self, stored: Iterable[str]) -> list[str]:
+        """Weights in place of their companions, in the order of their first."""
+        owner = {c.name: weight.name for weight in self.weights.values() for c in weight.companions}
+        return list(dict.fromkeys(owner.get(name, name) for name in stored))
+
+    def shapes(self, stored: Mapping[str, Shape]) -> dict[str, Shape]:
+        """Of everything that has to meet a rule."""
+        own = {name: weight.shape for name, weight in self.weights.items()}
+        names = self.names(name for name in stored if name not in self.scalars)
+        return {name: own[name] if name in own else stored[name] for name in names}
+
+    def grains(self, names: Iterable[str]) -> dict[str, Grain]:
+        """Of every name: what its boundaries must be multiples of, and how many of its channels go together.
+
+        A layer that leaves its channels cut and the one that takes them must be dealt alike, whichever of them is
+        quantised, and along whichever axis. So all channels of one stack of blocks (``model.layers.*``) are dealt by
+        one number, the least common multiple of all that occurs in it.
+        """
+        if not self.weights:
+            return {}
+        together: dict[str, int] = {}
+        for name, weight in self.weights.items():
+            together[stack_of(name)] = math.lcm(together.get(stack_of(name), 1), *weight.multiples)
+        grains = {}
+        for name in names:
+            multiples = self.weights[name].multiples if name in self.weights else ()
+            grains[name] = Grain(together.get(stack_of(name), 1), multiples)
+        return grains
+
+
+DENSE = Quantised("", {})
+
+
+def stack_of(name: str) -> str:
+    """The path before a tensor's first number; empty where there is none: embeddings, heads, the last norm.
+
+    >>> stack_of("model.layers.3.mlp.down_proj.weight"), stack_of("lm_head.weight")
+    ('model.layers', '')
+    """
+    parts = name.split(".")
+    first = next((place for place, part in enumerate(parts) if part.isdigit()), 0)
+    return ".".join(parts[:first])
+
+
+def assign_stored(
+    policy: Policy, config: Mapping[str, object], stored: Mapping[str, Shape], ranks: int, quantised: Quantised
+) -> Assigned:
+    """The layout and role of every stored tensor: of companions those of their weight. Raises PolicyError."""
+    shapes = quantised.shapes(stored)
+    assigned = assign(policy, config, shapes, ranks, quantised.grains(shapes))
+    if not quantised.weights:
+        return assigned
+    found: dict[str, Assignment] = {}
+    for name, assignment in assigned.tensors.items():
+        weight = quantised.weights.get(name)
+        if weight is None:
+            found[name] = assignment
+            continue
+        for companion in weight.companions:
+            unnamed = replace(companion, name="", shape=companion.shape)  # equal ones share a layout
+            found[companion.name] = Assignment(divided(assignment.layout, unnamed), assignment.role)
+    for name in quantised.scalars:
+        found[name] = Assignment(Layout.replicated(stored[name], ranks), Role("replicate", pattern="quantisation"))
+    return Assigned({name: found[name] for name in stored}, assigned.unused)

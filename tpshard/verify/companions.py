@@ -1,0 +1,78 @@
+"""The layout check of quantised checkpoints: weights as if they were dense, and that companions follow their weight.
+
+What each stored cell stands for is worked out cell by cell here, in the other direction than split does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from tpshard.checkpoint import Checkpoint, Stored
+from tpshard.companions import Companion, Quantised, Weight, multiplied
+from tpshard.verify.axes import held
+from tpshard.verify.layout import check_layout
+from tpshard.verify.report import CheckResult, Finding
+
+
+def check_quantised_layout(shards: Checkpoint, quantised: Quantised) -> CheckResult:
+    """The layout check, of weights and of their companions; of a dense checkpoint what it always is."""
+    if not quantised.weights:
+        return check_layout(shards)
+    astray: list[Finding] = []
+    for weight in quantised.weights.values():
+        astray += _astray(weight, shards)
+    dense = _as_dense(shards, quantised)
+    units = {grain.together for grain in quantised.grains(dense.tensors).values()}
+    result = check_layout(dense, sorted(units - {1}))
+    note = f"{len(quantised.weights)} quantised weights ({quantised.method}), each with its companions"
+    return replace(result, findings=(*astray, *result.findings), notes=(*result.notes, note))
+
+
+def _as_dense(shards: Checkpoint, quantised: Quantised) -> Checkpoint:
+    """The same shards with weights in place of their companions."""
+    tensors: dict[str, Stored] = {}
+    for name in quantised.names(name for name in shards.tensors if name not in quantised.scalars):
+        weight = quantised.weights.get(name)
+        if weight is None:
+            tensors[name] = shards.tensors[name]
+            continue
+        numbers = shards.tensors[weight.numbers.name]
+        tensors[name] = replace(numbers, name=name, layout=multiplied(numbers.layout, weight))
+    return replace(shards, tensors=tensors)
+
+
+def _astray(weight: Weight, shards: Checkpoint) -> Iterator[Finding]:
+    """Companions that do not hold what their weight's rank needs, in that order."""
+    numbers = shards.tensors[weight.numbers.name]
+    dense = replace(numbers, layout=multiplied(numbers.layout, weight))
+    for companion in weight.companions:
+        stored = shards.tensors[companion.name]
+        for rank in range(shards.ranks):
+            what = _difference(weight, companion, dense, stored, rank)
+            if what:
+                yield Finding(what, tensor=companion.name, rank=rank)
+                break
+
+
+def _difference(weight: Weight, companion: Companion, dense: Stored, stored: Stored, rank: int) -> str:
+    theirs, own = dense.layout.shards[rank], stored.layout.shards[rank]
+    if theirs is None or own is None:
+        return "" if theirs is own else f"is {'not ' if own is None else ''}held, other than {weight.name}"
+    for place, axis in enumerate(companion.axes):
+        have = held(stored, place, rank)
+        need = np.arange(companion.shape[place])
+        if axis is not None and not axis.indexed:
+            cells = held(dense, axis.of, rank)
+            alone = axis.per >= weight.shape[axis.of] > 1 and place != companion.packed  # one cell, for all ranks
+            if not alone:
+                need = np.unique(cells // axis.per)
+                covered = np.minimum((need + 1) * axis.per, weight.shape[axis.of]) - need * axis.per
+                if len(cells) != covered.sum():
+                    return f"is cut inside a block of {axis.per} along axis {axis.of} of {weight.name}"
+        if not np.array_equal(have, need):
+            shown = f"{len(have)} cells along axis {place}, its part of {weight.name} needs {len(need)}"
+            return f"has {shown}" if len(have) != len(need) else f"has other cells than its part of {weight.name} needs"
+    return ""
