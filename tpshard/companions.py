@@ -8,15 +8,15 @@ in a block. So one division turns the weight's layout into each tensor's, and on
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
-from tpshard.assignment import Assigned, Assignment, assign
+from tpshard.assignment import Assigned, Assignment, assign, match_all
 from tpshard.layout import Layout, Shape, Shard, Span
 from tpshard.partition import Grain
-from tpshard.policy import Policy
+from tpshard.policy import Policy, channels
 from tpshard.roles import Role
 
 Part = Literal["numbers", "scale", "zero", "group", "multiplier", "divisor", "note"]
@@ -161,23 +161,49 @@ class Quantised:
         names = self.names(name for name in stored if name not in self.scalars)
         return {name: own[name] if name in own else stored[name] for name in names}
 
-    def grains(self, names: Iterable[str]) -> dict[str, Grain]:
+    def together(self) -> dict[str, int]:
+        """For each stack of blocks, the least common multiple of all that its boundaries must be multiples of."""
+        found: dict[str, int] = {}
+        for name, weight in self.weights.items():
+            found[stack_of(name)] = math.lcm(found.get(stack_of(name), 1), *weight.multiples)
+        return found
+
+    def grains(self, policy: Policy, config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> dict[str, Grain]:
         """Of every name: what its boundaries must be multiples of, and how many of its channels go together.
 
-        A layer that leaves its channels cut and the one that takes them must be dealt alike, whichever of them is
-        quantised, and along whichever axis. So all channels of one stack of blocks (``model.layers.*``) are dealt by
-        one number, the least common multiple of all that occurs in it.
+        A column layer that leaves its channels cut and the row layer that takes them must be dealt alike, whichever of
+        them is quantised and along whichever axis. So the channels of one stack of blocks (``model.layers.*``) are
+        dealt in one number, where a column and a row of it have equally many: then they are the same. Others are
+        dealt as ever; if a boundary is inside a block, that is refused.
         """
         if not self.weights:
             return {}
-        together: dict[str, int] = {}
-        for name, weight in self.weights.items():
-            together[stack_of(name)] = math.lcm(together.get(stack_of(name), 1), *weight.multiples)
+        together = self.together()
+        rules = match_all(policy, shapes)
+        known: dict[tuple[int, Shape], int | None] = {}
+        counts: dict[str, int] = {}
+        sides: dict[tuple[str, int], set[tuple[str, bool]]] = {}
+        for name, rule in rules.items():
+            if rule is None or together.get(stack_of(name), 1) == 1:
+                continue
+            key = id(rule), shapes[name]
+            if key not in known:
+                known[key] = channels(rule, policy, config, shapes[name])
+            count = known[key]
+            if count is not None:
+                counts[name] = count
+                sides.setdefault((stack_of(name), count), set()).add((rule.kind, rule.unit is None))
         grains = {}
-        for name in names:
-            multiples = self.weights[name].multiples if name in self.weights else ()
-            grains[name] = Grain(together.get(stack_of(name), 1), multiples)
+        for name in shapes:
+            stack, multiples = stack_of(name), self.weights[name].multiples if name in self.weights else ()
+            paired = name in counts and _are_paired(sides[stack, counts[name]])
+            grains[name] = Grain(together[stack] if paired else 1, multiples)
         return grains
+
+
+def _are_paired(sides: Collection[tuple[str, bool]]) -> bool:
+    """Whether columns and rows have as many channels, and not all of them are called units: those may be heads."""
+    return len({kind for kind, _ in sides}) == 2 and any(plain for _, plain in sides)
 
 
 DENSE = Quantised("", {})
@@ -195,11 +221,11 @@ def stack_of(name: str) -> str:
 
 
 def assign_stored(
-    policy: Policy, config: Mapping[str, object], stored: Mapping[str, Shape], ranks: int, quantised: Quantised
+    policy: Policy, config: Mapping[str, Any], stored: Mapping[str, Shape], ranks: int, quantised: Quantised
 ) -> Assigned:
     """The layout and role of every stored tensor: of companions those of their weight. Raises PolicyError."""
     shapes = quantised.shapes(stored)
-    assigned = assign(policy, config, shapes, ranks, quantised.grains(shapes))
+    assigned = assign(policy, config, shapes, ranks, quantised.grains(policy, config, shapes))
     if not quantised.weights:
         return assigned
     found: dict[str, Assignment] = {}

@@ -141,6 +141,15 @@ def rule_cut(
     return axis, Cut(blocks, replicable=replicable, uneven=rule.uneven, pad=pad, multiple=multiple)
 
 
+def channels(rule: Rule, policy: Policy, config: Mapping[str, Any], shape: Shape) -> int | None:
+    """How many channels the rule's axis has: cells that are dealt one by one, or units of ``unit`` or ``parts``. None
+    where the rule cuts nothing or counts heads."""
+    axis = rule.axis(shape)
+    if axis is None or rule.counts_heads:
+        return None
+    return _blocks(rule, shape[axis], _calculator(rule, policy, config), 1)[0].count
+
+
 def rule_layout(
     rule: Rule, policy: Policy, config: Mapping[str, Any], shape: Shape, ranks: int, grain: Grain = ANY
 ) -> Layout:

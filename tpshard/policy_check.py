@@ -11,7 +11,7 @@ from tpshard.assignment import match_all
 from tpshard.checkpoint import Checkpoint
 from tpshard.companions import DENSE, Quantised, assign_stored
 from tpshard.errors import PolicyError
-from tpshard.partition import ANY, Cut, legal_ranks
+from tpshard.partition import ANY, Block, Cut, legal_ranks
 from tpshard.policy import Policy, Rule, rule_cut
 
 
@@ -95,7 +95,7 @@ def check_policy(
     # one rank takes any units: what fails here fails everywhere
     unused = assign_stored(policy, config, checkpoint.shapes, 1, quantised).unused
     shapes = quantised.shapes(checkpoint.shapes)
-    grains = quantised.grains(shapes)
+    grains = quantised.grains(policy, config, shapes)
     counted: Counter[tuple[Rule | None, int | None, Cut | None]] = Counter()
     rules = match_all(policy, shapes)
     for name, rule in rules.items():
@@ -140,13 +140,19 @@ def in_runs(numbers: Sequence[int]) -> str:
 
 
 def in_words(cut: Cut | None) -> str:
-    """How an axis is dealt: ``6 x 10 | 3 x 10`` for blocks of heads, ``52`` for cells that may be dealt one by one.
+    """How an axis is dealt: ``6 x 10 | 3 x 10`` for blocks of heads, ``52`` for cells that may be dealt one by one,
+    ``3 x 32 (the last 10)`` for those of which 32 go together.
 
-    >>> from tpshard.partition import Block
     >>> in_words(Cut((Block(6, 10), Block(3, 10)))), in_words(Cut((Block(52, 1, named=False),), pad=8))
     ('6 x 10 | 3 x 10', '52, padded by 8')
     """
     if cut is None:
         return "whole"
-    blocks = (f"{block.count} x {block.width}" if block.width > 1 else str(block.count) for block in cut.blocks)
+    blocks = (_block_in_words(block) for block in cut.blocks)
     return " | ".join(blocks) + (", uneven" if cut.uneven else "") + (f", padded by {cut.pad}" if cut.pad else "")
+
+
+def _block_in_words(block: Block) -> str:
+    if block.width == 1:
+        return str(block.count)
+    return f"{block.count} x {block.width}" + (f" (the last {block.width - block.short})" if block.short else "")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -62,16 +62,19 @@ def read_quantised(checkpoint: Checkpoint) -> Quantised:
         for name, stored in checkpoint.tensors.items()
         if name not in taken and _leaf(name) in SCALARS and stored.shape in ((), (1,))
     )
+    layers = {name.rpartition(".")[0] for name in weights if _leaf(name) == "weight"}
     for name, stored in checkpoint.tensors.items():
         if name in taken or name in scalars:
             continue
-        if _is_companion(name) or (_leaf(name) == "weight" and stored.dtype in _LOW):
-            shape = list(stored.shape)
-            what = f"{checkpoint.folder}: {printable(name)} ({stored.dtype} {shape}) is not understood in {method}"
-            raise InputError(what, hint=_HINT)
-    if weights and checkpoint.config.get("model_type") in CONV1D:
-        what = f"{checkpoint.folder}: quantised weights of {checkpoint.config['model_type']} are not cut"
-        raise InputError(f"{what}: its layers are [in, out], the format's [out, in]", hint=_HINT)
+        beside = name.rpartition(".")[0] in layers and _leaf(name) != "bias"
+        if beside or _is_companion(name) or (_leaf(name) == "weight" and stored.dtype in _LOW):
+            what = f"{printable(name)} ({stored.dtype} {list(stored.shape)}) is not understood"
+            _refuse(checkpoint, method, what)
+    if not weights:
+        what = f"{checkpoint.folder}: config.json says {printable(method, 40)}, but no tensor is quantised"
+        raise InputError(what, hint="take its quantization_config away, if the weights are dense")
+    if checkpoint.config.get("model_type") in CONV1D:
+        _refuse(checkpoint, method, "the layers of this architecture are [in, out], unlike the format's")
     return Quantised(method, weights, scalars)
 
 
@@ -122,7 +125,7 @@ def _refuse_unknown(checkpoint: Checkpoint, method: str, settings: Mapping[str, 
             _refuse(checkpoint, method, "weights under a transform (transform_config) are not cut")
 
 
-def _refuse(checkpoint: Checkpoint, method: str, why: str) -> None:
+def _refuse(checkpoint: Checkpoint, method: str, why: str) -> NoReturn:
     raise InputError(f"{checkpoint.folder}: is quantised ({printable(method, 40)}): {why}", hint=_HINT)
 
 
@@ -135,13 +138,12 @@ def _weights(checkpoint: Checkpoint, method: str, settings: Mapping[str, Any], f
     for path, tensors in layers.items():
         layer = Layer(path, tensors, settings, lambda stored: _numbers(checkpoint, stored, files))
         for kind, reader in READERS.items():
+            if kind not in KINDS[method]:
+                continue
             try:
-                weights = reader(layer) if kind in KINDS[method] or layer.looks(kind) else []
+                found += reader(layer)
             except RefusedError as refused:
                 _refuse(checkpoint, method, str(refused))
-            if weights and kind not in KINDS[method]:
-                _refuse(checkpoint, method, f"{printable(weights[0].name)} is stored as {kind}")
-            found += weights
     return found
 
 

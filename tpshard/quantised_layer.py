@@ -41,9 +41,6 @@ class Layer:
     settings: Mapping[str, Any]
     numbers: Callable[[Stored], list[int]]
 
-    def looks(self, kind: str) -> bool:
-        return {"gptq": "qweight", "awq": "qweight", "int8": "SCB", "NVFP4": "weight_scale_2"}.get(kind) in self.tensors
-
     def get(self, leaf: str) -> Stored:
         if leaf not in self.tensors:
             raise RefusedError(f"{printable(self.path)} has no {leaf}")

@@ -25,8 +25,7 @@ def check_quantised_layout(shards: Checkpoint, quantised: Quantised) -> CheckRes
     for weight in quantised.weights.values():
         astray += _astray(weight, shards)
     dense = _as_dense(shards, quantised)
-    units = {grain.together for grain in quantised.grains(dense.tensors).values()}
-    result = check_layout(dense, sorted(units - {1}))
+    result = check_layout(dense, sorted({*quantised.together().values()} - {1}))
     note = f"{len(quantised.weights)} quantised weights ({quantised.method}), each with its companions"
     return replace(result, findings=(*astray, *result.findings), notes=(*result.notes, note))
 
