@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from tests import quantised_models
 from tests.tampering import NUMPY, Folder, Tensors, read_file, write_file
 from tests.tiny_models import SIZES, save_model
 from tpshard.convert import plan_split, run
@@ -43,8 +44,12 @@ def eight_heads(model_type: str) -> dict[str, Any]:
 
 def make_model(key: str, folder: Path) -> None:
     """``qwen2``, or with a variant: ``/k3`` three key-value heads, for three ranks; ``/h8`` eight query heads, for
-    four; ``/zero`` no biases but zeros; ``/equal`` key-value heads that are all alike; ``/buffers`` a mask's scalar."""
+    four; ``/zero`` no biases but zeros; ``/equal`` key-value heads that are all alike; ``/buffers`` a mask's scalar;
+    ``/gptq`` and other formats: quantised."""
     model_type, _, variant = key.partition("/")
+    if variant in quantised_models.FORMATS:
+        quantised_models.save(variant, folder)
+        return
     changes = eight_heads(model_type) if variant == "h8" else {}
     save_model(model_type, folder, 3 if variant == "k3" else KEY_VALUE_HEADS, **changes)
     match variant:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-NUMPY = {"F16": np.float16, "F32": np.float32, "F64": np.float64, "I64": np.int64}
+NUMPY = {"F16": np.float16, "F32": np.float32, "F64": np.float64, "I64": np.int64, "I32": np.int32}
 Tensors = dict[str, tuple[str, list[int], bytes]]  # name → dtype, shape, data
 
 
