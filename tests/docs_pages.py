@@ -84,13 +84,15 @@ table must fail, and a finding must name the right tensor, layer or file.
 
 All {cases} are caught and named. Of {equal} cases that are right or compute the same none raises a false alarm. The test
 suite plants {usual} of them and all that compute the same. A model is written `type@ranks`: six query heads on two
-key-value heads, `/k3` on three; `/h8` eight on two.
+key-value heads, `/k3` on three; `/h8` eight on two; `/gptq` and its like are
+[quantised](quantised.md).
 
 | class | planted | what it is |
 | --- | --- | --- |
 """
 CLASSES = {
     "W": "wrong in a way that can be undone: the rebuilt bytes are right (or nearly all), their meaning is not",
+    "Q": "quantised weights: scales, zero points, packed numbers and indexes that do not belong together",
     "R": "wrong bytes, by accident or with all digests made to agree (resealed)",
     "M": "wrong manifest, folder, policy or source",
     "E": "hidden by real weights that are alike or zero: generic weights show it",

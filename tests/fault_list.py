@@ -387,7 +387,10 @@ def hidden_by_the_weights() -> Iterator[Fault]:
 
 
 def all_faults() -> list[Fault]:
-    return [*wrong_layouts(), *other_sources(), *wrong_bytes(), *wrong_folders(), *hidden_by_the_weights()]
+    from tests.quantised_faults import quantised
+
+    dense = [*wrong_layouts(), *other_sources(), *wrong_bytes(), *wrong_folders(), *hidden_by_the_weights()]
+    return [*dense, *quantised()]
 
 
 # ---------------------------------------------------------------------------------------------- E
@@ -532,8 +535,8 @@ REFUSALS = [
     Refusal("M13", "a key stands twice in the policy", _split_by(WRONG + "  mlp.down_proj: row\n  mlp.down_proj: column\n"), PolicyError, "mlp.down_proj"),
     Refusal("M19", "an unknown key in the policy", _split_by("name: wrong\nextends: llama\nreplicas: 2\n"), PolicyError, "replicas"),
     Refusal("M17", "output without its manifest", _without_manifest, InputError, "tpshard.json"),
-    Refusal("M20", "quantised by nobody knows what, says config.json", _split_changed({"quantization_config": {"quant_method": "aqlm"}}, lambda a: None), InputError, "quantised (aqlm)"),
-    Refusal("M21", "quantised, say the tensors' names alone", _split_changed({}, lambda a: a.update({"model.layers.0.mlp.up_proj.scales": np.ones(4, np.float32)})), InputError, "scales"),
+    Refusal("Q15", "quantised by nobody knows what, says config.json", _split_changed({"quantization_config": {"quant_method": "aqlm"}}, lambda a: None), InputError, "quantised (aqlm)"),
+    Refusal("Q16", "quantised, say the tensors' names alone", _split_changed({}, lambda a: a.update({"model.layers.0.mlp.up_proj.scales": np.ones(4, np.float32)})), InputError, "scales"),
     Refusal("Q04", "a cut inside a group of inputs (heads of 20, groups of 16)", _split_quantised("compressed int4", ""), PolicyError, "inside the quantised block 32 to 48"),
     Refusal("Q05", "a cut inside a packed word (heads of 20, words of 8)", _split_quantised("awq", "  self_attn.o_proj: replicate\n"), PolicyError, "inside the quantised block 16 to 24"),
 ]  # fmt: skip

@@ -39,9 +39,8 @@ FLOORS: list[tuple[str, ...]] = [
         "verify.differences",
         "verify.ties",
         "verify.layout",
-        "verify.companions",
     ),
-    ("verify.files", "verify.weights", "verify.request"),
+    ("verify.files", "verify.weights", "verify.companions", "verify.request"),
     (
         "verify.values",
         "verify.dequantise",

@@ -12,13 +12,29 @@ import numpy as np
 
 from tpshard.checkpoint import Checkpoint, Stored
 from tpshard.companions import Companion, Quantised, Weight, multiplied
+from tpshard.errors import InputError
+from tpshard.quantised import read_quantised
 from tpshard.verify.axes import held
 from tpshard.verify.layout import check_layout
 from tpshard.verify.report import CheckResult, Finding
+from tpshard.verify.weights import same_tensors
 
 
-def check_quantised_layout(shards: Checkpoint, quantised: Quantised) -> CheckResult:
+def quantised_in(shards: Checkpoint, source: Checkpoint | None) -> Quantised | InputError:
+    """What is quantised, as the source has it, or the shards where they have other tensors; or why that is not known.
+
+    Of several processes each has only its own rank's shard: what decides on layouts is read from the source.
+    """
+    try:
+        return read_quantised(source if source and same_tensors(shards, source) else shards)
+    except InputError as error:
+        return error
+
+
+def check_quantised_layout(shards: Checkpoint, quantised: Quantised | InputError) -> CheckResult:
     """The layout check, of weights and of their companions; of a dense checkpoint what it always is."""
+    if isinstance(quantised, InputError):
+        return CheckResult("layout", unproven=str(quantised))
     if not quantised.weights:
         return check_layout(shards)
     astray: list[Finding] = []

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 
 from tpshard.checkpoint import Checkpoint, open_full
 from tpshard.companions import Quantised
-from tpshard.errors import UsageError
-from tpshard.quantised import read_quantised
-from tpshard.verify.companions import check_quantised_layout
+from tpshard.errors import InputError, UsageError
+from tpshard.verify.companions import check_quantised_layout, quantised_in
 from tpshard.verify.files import check_files, default_workers
 from tpshard.verify.report import CheckResult, Report, timed
 from tpshard.verify.request import Request
@@ -39,7 +38,7 @@ def _checks(request: Request) -> Iterator[CheckResult]:
         return
     if request.wants("weights"):
         yield check_weights(shards, source, workers, request.progress)
-    quantised = read_quantised(source or shards)
+    quantised = quantised_in(shards, source)
     if request.wants("layout"):
         yield check_quantised_layout(shards, quantised)
     if request.wants("forward"):
@@ -47,7 +46,7 @@ def _checks(request: Request) -> Iterator[CheckResult]:
 
 
 def _model_checks(
-    shards: Checkpoint, source: Checkpoint | None, quantised: Quantised, request: Request
+    shards: Checkpoint, source: Checkpoint | None, quantised: Quantised | InputError, request: Request
 ) -> Iterator[CheckResult]:
     """Where torch is not installed or the tensors are not the source's, the reason."""
     if importlib.util.find_spec("torch") is None:
@@ -55,6 +54,9 @@ def _model_checks(
         return
     if source and not same_tensors(shards, source):
         yield CheckResult("forward", unproven="the shards' tensors are not those of the source")
+        return
+    if isinstance(quantised, InputError):
+        yield CheckResult("forward", unproven=str(quantised))
         return
     from tpshard.verify.logical import logical, with_remark
     from tpshard.verify.model_checks import ModelRequest, check_model

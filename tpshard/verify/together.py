@@ -7,10 +7,9 @@ from collections.abc import Iterator, Sequence
 
 from tpshard.checkpoint import Checkpoint, open_full, open_shards
 from tpshard.companions import Quantised
-from tpshard.errors import UsageError
+from tpshard.errors import InputError, UsageError
 from tpshard.manifest_parsing import read_manifest
-from tpshard.quantised import read_quantised
-from tpshard.verify.companions import check_quantised_layout
+from tpshard.verify.companions import check_quantised_layout, quantised_in
 from tpshard.verify.files import check_files, default_workers
 from tpshard.verify.logical import logical, with_remark
 from tpshard.verify.model_checks import ModelRequest, check_model
@@ -52,8 +51,8 @@ def _checks(request: Request, group: Group) -> Iterator[CheckResult]:
         shards = group.everywhere(lambda: open_shards(request.folder))[group.rank]
     if request.wants("weights"):
         yield _weights(shards, source, group, workers, request)
-    read: list[Quantised] = []
-    group.everywhere(lambda: read.append(read_quantised(source or shards)))
+    read: list[Quantised | InputError] = []
+    group.everywhere(lambda: read.append(quantised_in(shards, source)))
     (quantised,) = read
     if request.wants("layout"):
         yield check_quantised_layout(shards, quantised)
@@ -82,10 +81,13 @@ def _weights(
 
 
 def _model_checks(
-    shards: Checkpoint, source: Checkpoint | None, quantised: Quantised, group: Group, request: Request
+    shards: Checkpoint, source: Checkpoint | None, quantised: Quantised | InputError, group: Group, request: Request
 ) -> Iterator[CheckResult]:
     if source and not same_tensors(shards, source):
         yield CheckResult("forward", unproven="the shards' tensors are not those of the source")
+        return
+    if isinstance(quantised, InputError):
+        yield CheckResult("forward", unproven=str(quantised))
         return
     wanted = ModelRequest(
         request.factory, request.backward, request.isolate, request.device, new_lock=lambda _: ProcessLockstep(group)
