@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 from tpshard.document import did_you_mean
@@ -33,7 +32,7 @@ class Assigned:
     unused: tuple[Rule, ...]
 
 
-NO_GRAINS: Mapping[str, Grain] = MappingProxyType({})
+Rules = Mapping[str, Rule | None]
 
 
 def assign(
@@ -41,9 +40,10 @@ def assign(
     config: Mapping[str, Any],
     shapes: Mapping[str, Shape],
     ranks: int,
-    grains: Mapping[str, Grain] = NO_GRAINS,
+    grains_of: Callable[[Rules], Mapping[str, Grain]] = lambda rules: {},
 ) -> Assigned:
-    """The layout and role of every tensor at ``ranks`` ranks. ``grains``: what quantisation asks of some of them.
+    """The layout and role of every tensor at ``ranks`` ranks. ``grains_of``: what quantisation asks of the tensors
+    that have met these rules.
 
     Raises PolicyError: tensors without a rule (all of them counted), two rules for one tensor, units that do not go
     into the ranks (with the rank counts that work for the whole checkpoint).
@@ -51,6 +51,7 @@ def assign(
     if not 1 <= ranks <= MAX_RANKS:
         raise UsageError(f"--tp must be from 1 to {MAX_RANKS}, is {ranks}")
     rules = match_all(policy, shapes)
+    grains = grains_of(rules)
     cached: dict[tuple[int, Shape, Grain], Assignment] = {}
     layouts: dict[Layout, Layout] = {}  # equal ones made one: comparing them again and again takes time
     found: dict[str, Assignment] = {}
@@ -84,7 +85,7 @@ def _assignment(
     config: Mapping[str, Any],
     name: str,
     shapes: Mapping[str, Shape],
-    rules: Mapping[str, Rule | None],
+    rules: Rules,
     ranks: int,
     grains: Mapping[str, Grain],
 ) -> Assignment:
@@ -106,7 +107,7 @@ def _works(
     policy: Policy,
     config: Mapping[str, Any],
     shapes: Mapping[str, Shape],
-    rules: Mapping[str, Rule | None],
+    rules: Rules,
     grains: Mapping[str, Grain],
 ) -> str:
     """The rank counts at which the whole checkpoint can be cut, for a hint."""

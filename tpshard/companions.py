@@ -8,15 +8,16 @@ in a block. So one division turns the weight's layout into each tensor's, and on
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
 
-from tpshard.assignment import Assigned, Assignment, assign, match_all
+from tpshard.assignment import Assigned, Assignment, assign
 from tpshard.layout import Layout, Shape, Shard, Span
 from tpshard.partition import Grain
-from tpshard.policy import Policy, channels
+from tpshard.policy import Policy, Rule, channels
 from tpshard.roles import Role
 
 Part = Literal["numbers", "scale", "zero", "group", "multiplier", "divisor", "note"]
@@ -38,7 +39,7 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class Companion:
-    """One stored tensor of a weight.
+    """One stored tensor of a weight: ``leaf`` is the last part of its name.
 
     ``axes``: None for an axis that does not follow the weight (a single scale, the bytes within a block).
     ``packing`` along axis ``packed``: ``words`` of 32 bits, the lowest bits first; ``awq``, the same with its own
@@ -46,7 +47,7 @@ class Companion:
     range. ``plus`` and ``over``: what is added to the stored zero point, what the stored scale is divided by.
     """
 
-    name: str
+    leaf: str
     dtype: str
     part: Part
     shape: Shape
@@ -69,27 +70,49 @@ class Companion:
 
 
 @dataclass(frozen=True, slots=True)
-class Weight:
-    """A weight as the policy and the model speak of it; the first of its companions holds its numbers."""
+class Form:
+    """How weights of one shape are stored; the first of the companions holds the numbers. Thousands share a form.
 
-    name: str
+    ``multiples``: for each axis, what every boundary between ranks has to be a multiple of.
+    """
+
     shape: Shape
     companions: tuple[Companion, ...]
+    multiples: tuple[int, ...] = field(init=False)
 
-    @property
-    def numbers(self) -> Companion:
-        return self.companions[0]
-
-    @property
-    def multiples(self) -> tuple[int, ...]:
-        """For each axis, what every boundary between ranks has to be a multiple of."""
+    def __post_init__(self) -> None:
         per = [1] * len(self.shape)
         for companion in self.companions:
             for stored in range(len(companion.axes)):
                 axis = companion.follows(stored, self.shape)
                 if axis is not None:
                     per[axis.of] = math.lcm(per[axis.of], axis.per)
-        return tuple(per)
+        object.__setattr__(self, "multiples", tuple(per))
+
+    @property
+    def numbers(self) -> Companion:
+        return self.companions[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A weight as the policy and the model speak of it; ``prefix`` is what its companions' names begin with."""
+
+    name: str
+    prefix: str
+    form: Form
+
+    @property
+    def shape(self) -> Shape:
+        return self.form.shape
+
+    def stored(self, companion: Companion) -> str:
+        """A companion's whole name."""
+        return self.prefix + companion.leaf
+
+    @property
+    def stored_names(self) -> list[str]:
+        return [self.prefix + companion.leaf for companion in self.form.companions]
 
 
 @lru_cache(maxsize=4096)
@@ -116,29 +139,30 @@ def _divided(shard: Shard, whole: Shape, companion: Companion) -> Shard:
         runs, length = shard.spans[axis.of], whole[axis.of]
         for edge in (edge for run in runs for edge in run):
             if edge % axis.per and edge != length:
-                raise ValueError(f"{companion.name}: a boundary at {edge} is not a multiple of {axis.per}")
+                raise ValueError(f"{companion.leaf}: a boundary at {edge} is not a multiple of {axis.per}")
         shape.append(-(-shard.shape[axis.of] // axis.per))
         spans.append(tuple(Span(a // axis.per, -(-b // axis.per)) for a, b in runs))
     return Shard(tuple(shape), tuple(spans))
 
 
-def multiplied(layout: Layout, weight: Weight) -> Layout:
+@lru_cache(maxsize=4096)
+def multiplied(layout: Layout, form: Form) -> Layout:
     """The weight's layout, where its numbers have ``layout``."""
 
     def convert(shard: Shard | None) -> Shard | None:
         if shard is None:
             return None
-        shape, spans = list(weight.shape), list(Shard.whole(weight.shape).spans)
-        for stored, axis in enumerate(weight.numbers.axes):
+        shape, spans = list(form.shape), list(Shard.whole(form.shape).spans)
+        for stored, axis in enumerate(form.numbers.axes):
             if axis is not None:
-                per, size = axis.per, weight.shape[axis.of]
+                per, size = axis.per, form.shape[axis.of]
                 runs = tuple(Span(a * per, min(b * per, size)) for a, b in shard.spans[stored])
                 short = runs[-1].stop % per if runs and runs[-1].stop == size else 0
                 shape[axis.of] = shard.shape[stored] * per - (per - short if short else 0)
                 spans[axis.of] = runs
         return Shard(tuple(shape), tuple(spans))
 
-    return Layout(weight.shape, tuple(map(convert, layout.shards)))
+    return Layout(form.shape, tuple(map(convert, layout.shards)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +176,7 @@ class Quantised:
 
     def names(self, stored: Iterable[str]) -> list[str]:
         """Weights in place of their companions, in the order of their first."""
-        owner = {c.name: weight.name for weight in self.weights.values() for c in weight.companions}
+        owner = {stored: weight.name for weight in self.weights.values() for stored in weight.stored_names}
         return list(dict.fromkeys(owner.get(name, name) for name in stored))
 
     def shapes(self, stored: Mapping[str, Shape]) -> dict[str, Shape]:
@@ -164,12 +188,16 @@ class Quantised:
     def together(self) -> dict[str, int]:
         """For each stack of blocks, the least common multiple of all that its boundaries must be multiples of."""
         found: dict[str, int] = {}
-        for name, weight in self.weights.items():
-            found[stack_of(name)] = math.lcm(found.get(stack_of(name), 1), *weight.multiples)
+        distinct = {(stack_of(weight.name), id(weight.form)): weight.form for weight in self.weights.values()}
+        for (stack, _), form in distinct.items():
+            found[stack] = math.lcm(found.get(stack, 1), *form.multiples)
         return found
 
-    def grains(self, policy: Policy, config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> dict[str, Grain]:
-        """Of every name: what its boundaries must be multiples of, and how many of its channels go together.
+    def grains(
+        self, policy: Policy, config: Mapping[str, Any], shapes: Mapping[str, Shape], rules: Mapping[str, Rule | None]
+    ) -> dict[str, Grain]:
+        """Of every name, with the rule that it met: what its boundaries must be multiples of, and how many of its
+        channels go together.
 
         A column layer that leaves its channels cut and the row layer that takes them must be dealt alike, whichever of
         them is quantised and along whichever axis. So the channels of one stack of blocks (``model.layers.*``) are
@@ -179,12 +207,12 @@ class Quantised:
         if not self.weights:
             return {}
         together = self.together()
-        rules = match_all(policy, shapes)
         known: dict[tuple[int, Shape], int | None] = {}
         counts: dict[str, int] = {}
         sides: dict[tuple[str, int], set[tuple[str, bool]]] = {}
+        stacks = {name: stack_of(name) for name in shapes}
         for name, rule in rules.items():
-            if rule is None or together.get(stack_of(name), 1) == 1:
+            if rule is None or together.get(stacks[name], 1) == 1:
                 continue
             key = id(rule), shapes[name]
             if key not in known:
@@ -192,13 +220,17 @@ class Quantised:
             count = known[key]
             if count is not None:
                 counts[name] = count
-                sides.setdefault((stack_of(name), count), set()).add((rule.kind, rule.unit is None))
+                sides.setdefault((stacks[name], count), set()).add((rule.kind, rule.unit is None))
+        paired = {side for side, found in sides.items() if _are_paired(found)}
         grains = {}
-        for name in shapes:
-            stack, multiples = stack_of(name), self.weights[name].multiples if name in self.weights else ()
-            paired = name in counts and _are_paired(sides[stack, counts[name]])
-            grains[name] = Grain(together[stack] if paired else 1, multiples)
+        for name, stack in stacks.items():
+            joined = name in counts and (stack, counts[name]) in paired
+            multiples = self.weights[name].form.multiples if name in self.weights else ()
+            grains[name] = _grain(together[stack] if joined else 1, multiples)
         return grains
+
+
+_grain = lru_cache(maxsize=1024)(Grain)  # equal ones made one: they are keys of tables
 
 
 def _are_paired(sides: Collection[tuple[str, bool]]) -> bool:
@@ -215,9 +247,11 @@ def stack_of(name: str) -> str:
     >>> stack_of("model.layers.3.mlp.down_proj.weight"), stack_of("lm_head.weight")
     ('model.layers', '')
     """
-    parts = name.split(".")
-    first = next((place for place, part in enumerate(parts) if part.isdigit()), 0)
-    return ".".join(parts[:first])
+    first = _NUMBER.search(name)
+    return name[: first.start()] if first else ""
+
+
+_NUMBER = re.compile(r"(?:^|\.)\d+(?:\.|$)")
 
 
 def assign_stored(
@@ -225,18 +259,21 @@ def assign_stored(
 ) -> Assigned:
     """The layout and role of every stored tensor: of companions those of their weight. Raises PolicyError."""
     shapes = quantised.shapes(stored)
-    assigned = assign(policy, config, shapes, ranks, quantised.grains(policy, config, shapes))
+    assigned = assign(policy, config, shapes, ranks, lambda rules: quantised.grains(policy, config, shapes, rules))
     if not quantised.weights:
         return assigned
     found: dict[str, Assignment] = {}
+    known: dict[tuple[int, int], list[Assignment]] = {}  # by assignment and form
     for name, assignment in assigned.tensors.items():
         weight = quantised.weights.get(name)
         if weight is None:
             found[name] = assignment
             continue
-        for companion in weight.companions:
-            unnamed = replace(companion, name="", shape=companion.shape)  # equal ones share a layout
-            found[companion.name] = Assignment(divided(assignment.layout, unnamed), assignment.role)
+        key = id(assignment), id(weight.form)
+        if key not in known:
+            layouts = [divided(assignment.layout, companion) for companion in weight.form.companions]
+            known[key] = [Assignment(layout, assignment.role) for layout in layouts]
+        found.update(zip(weight.stored_names, known[key], strict=True))
     for name in quantised.scalars:
         found[name] = Assignment(Layout.replicated(stored[name], ranks), Role("replicate", pattern="quantisation"))
     return Assigned({name: found[name] for name in stored}, assigned.unused)

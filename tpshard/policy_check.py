@@ -95,9 +95,9 @@ def check_policy(
     # one rank takes any units: what fails here fails everywhere
     unused = assign_stored(policy, config, checkpoint.shapes, 1, quantised).unused
     shapes = quantised.shapes(checkpoint.shapes)
-    grains = quantised.grains(policy, config, shapes)
     counted: Counter[tuple[Rule | None, int | None, Cut | None]] = Counter()
     rules = match_all(policy, shapes)
+    grains = quantised.grains(policy, config, shapes, rules)
     for name, rule in rules.items():
         axis, cut = (rule_cut(rule, policy, config, shapes[name], grains.get(name, ANY)) if rule else None) or (
             None,

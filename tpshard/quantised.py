@@ -7,16 +7,16 @@ dtypes must agree with them. What is not understood is refused with what was fou
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import numpy as np
 
 from tpshard.checkpoint import Checkpoint, Stored
-from tpshard.companions import Quantised, Weight
+from tpshard.companions import Form, Quantised, Weight
 from tpshard.errors import InputError, printable
 from tpshard.quantised_formats import READERS
-from tpshard.quantised_layer import COMPANIONS, NOTES, SCALARS, Layer, RefusedError
+from tpshard.quantised_layer import COMPANIONS, NOTES, SCALARS, Forms, Layer, RefusedError
 from tpshard.sources import SourceFiles
 from tpshard.staging import storage_errors
 
@@ -56,7 +56,7 @@ def read_quantised(checkpoint: Checkpoint) -> Quantised:
     _refuse_unknown(checkpoint, method, settings)
     with SourceFiles(checkpoint) as files:
         weights = {weight.name: weight for weight in _weights(checkpoint, method, settings, files)}
-    taken = {companion.name for weight in weights.values() for companion in weight.companions}
+    taken = {name for weight in weights.values() for name in weight.stored_names}
     scalars = frozenset(
         name
         for name, stored in checkpoint.tensors.items()
@@ -129,22 +129,38 @@ def _refuse(checkpoint: Checkpoint, method: str, why: str) -> NoReturn:
     raise InputError(f"{checkpoint.folder}: is quantised ({printable(method, 40)}): {why}", hint=_HINT)
 
 
-def _weights(checkpoint: Checkpoint, method: str, settings: Mapping[str, Any], files: SourceFiles) -> list[Weight]:
-    """Every layer's quantised weights."""
+def _weights(checkpoint: Checkpoint, method: str, settings: Mapping[str, Any], files: SourceFiles) -> Iterator[Weight]:
+    """Every layer's quantised weights. Layers with equal tensors are read once, unless numbers in them decide."""
     layers: dict[str, dict[str, Stored]] = {}
     for name, stored in checkpoint.tensors.items():
-        layers.setdefault(name.rpartition(".")[0], {})[_leaf(name)] = stored
-    found = []
+        path, _, leaf = name.rpartition(".")
+        layers.setdefault(path, {})[leaf] = stored
+    known: dict[object, Forms] = {}
+    forms: dict[Form, Form] = {}
+    read: list[str] = []
+
+    def numbers(stored: Stored) -> list[int]:
+        read.append(stored.name)
+        return _numbers(checkpoint, stored, files)
+
     for path, tensors in layers.items():
-        layer = Layer(path, tensors, settings, lambda stored: _numbers(checkpoint, stored, files))
-        for kind, reader in READERS.items():
-            if kind not in KINDS[method]:
-                continue
+        key = tuple((leaf, stored.dtype, stored.shape) for leaf, stored in tensors.items())
+        found = known.get(key)
+        if found is None:
+            before = len(read)
+            layer = Layer(path, tensors, settings, numbers)
             try:
-                found += reader(layer)
+                found = [
+                    (leaf, forms.setdefault(form, form))
+                    for kind in KINDS[method]
+                    for leaf, form in READERS[kind](layer)
+                ]
             except RefusedError as refused:
                 _refuse(checkpoint, method, str(refused))
-    return found
+            if len(read) == before:
+                known[key] = found
+        prefix = f"{path}." if path else ""
+        yield from (Weight(prefix + leaf, prefix, form) for leaf, form in found)
 
 
 def _numbers(checkpoint: Checkpoint, stored: Stored, files: SourceFiles) -> list[int]:

@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from tpshard.checkpoint import Stored
-from tpshard.companions import Axis, Part, Weight
+from tpshard.companions import Axis, Part
 from tpshard.errors import printable
-from tpshard.quantised_layer import FLOATS, WORD, Layer, RefusedError, is_indexed, words_of
+from tpshard.quantised_layer import FLOATS, WORD, Forms, Layer, RefusedError, is_indexed, words_of
 from tpshard.quantised_packed import mxfp4, nvfp4, packed_fp4, packed_integers
 
 # ---------------------------------------------------------------------------------------------- GPTQ and AWQ: [in, out]
 
 
-def gptq(layer: Layer) -> list[Weight]:
+def gptq(layer: Layer) -> Forms:
     """``qweight [in/8, out]``, ``qzeros [in/g, out/8]``, ``scales [in/g, out]``, ``g_idx [in]``; 8 numbers of 4 bits
     to a word. The zero point is stored less one, in ``gptq_v2`` as it is."""
     if "qweight" not in layer.tensors or _says(layer, "awq"):
@@ -38,7 +38,7 @@ def gptq(layer: Layer) -> list[Weight]:
     indexed = groups > 1 and is_indexed(layer, "g_idx", size, group, bool(layer.settings.get("desc_act")))
     along = Axis(1, group, indexed)
     index: Part = "group" if indexed else "note"
-    return layer.weight(
+    return layer.form(
         (out, size),
         layer.companion("qweight", "numbers", (Axis(1, per), Axis(0)), (words, out), **words_of(0, bits)),
         layer.companion("scales", "scale", (along, Axis(0)), (groups, out)),
@@ -54,7 +54,7 @@ def gptq(layer: Layer) -> list[Weight]:
     )
 
 
-def awq(layer: Layer) -> list[Weight]:
+def awq(layer: Layer) -> Forms:
     """``qweight [in, out/8]``, ``qzeros [in/g, out/8]``, ``scales [in/g, out]``; within a word the outputs lie in the
     order 0 2 4 6 1 3 5 7."""
     if "qweight" not in layer.tensors or not _says(layer, "awq"):
@@ -70,7 +70,7 @@ def awq(layer: Layer) -> list[Weight]:
     group = size if group < 1 else group
     groups = -(-size // group)
     packed = {"packing": "awq", "packed": 1, "bits": 4}
-    return layer.weight(
+    return layer.form(
         (out, size),
         layer.companion("qweight", "numbers", (Axis(1), Axis(0, 8)), (size, words), **packed),
         layer.companion("scales", "scale", (Axis(1, group), Axis(0)), (groups, out)),
@@ -89,7 +89,7 @@ def _says(layer: Layer, name: str) -> bool:
 # ---------------------------------------------------------------------------------------------- unpacked, with scales
 
 
-def scaled(layer: Layer) -> list[Weight]:
+def scaled(layer: Layer) -> Forms:
     """FP8 or int8 numbers in the weight's own shape, with ``weight_scale`` or ``weight_scale_inv`` (which is a scale,
     too): one alone, one for each row, for blocks ``[out/128, in/128]`` or for groups ``[out, in/32]``. Raw parameters
     (stacked experts) have it as NAME_scale_inv."""
@@ -106,7 +106,7 @@ def scaled(layer: Layer) -> list[Weight]:
             raise RefusedError(
                 f"{printable(stored.name)} has {', '.join(names)} and {zero.dtype if zero else 'no'} zeros"
             )
-        found += layer.weight(
+        found += layer.form(
             stored.shape,
             layer.companion(leaf, "numbers", tuple(map(Axis, range(len(stored.shape)))), stored.shape),
             layer.companion(names[0], "scale", axes, layer.get(names[0]).shape),
@@ -151,21 +151,21 @@ def _block_sizes(layer: Layer) -> list[tuple[int, int]]:
     return [(a, b) for a, b in pairs if isinstance(a, int) and isinstance(b, int) and a > 0 and b > 0]
 
 
-def int8(layer: Layer) -> list[Weight]:
+def int8(layer: Layer) -> Forms:
     """bitsandbytes: ``weight [out, in]`` in int8, ``SCB [out]``, each row's largest absolute value, which 127 stands
     for; ``weight_format`` 0, row by row."""
     if "SCB" not in layer.tensors:
         return []
     layer.need_dtype("weight", "I8")
     out, size = layer.two_axes("weight")
-    return layer.weight(
+    return layer.form(
         (out, size),
         layer.companion("weight", "numbers", (Axis(0), Axis(1)), (out, size)),
         layer.companion("SCB", "scale", (Axis(0),), (out,), over=127),
     )
 
 
-READERS: Mapping[str, Callable[[Layer], list[Weight]]] = {
+READERS: Mapping[str, Callable[[Layer], Forms]] = {
     "gptq": gptq,
     "awq": awq,
     "packed integers": packed_integers,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tpshard.checkpoint import Stored
-from tpshard.companions import Axis, Companion, Part, Weight
+from tpshard.companions import Axis, Companion, Form, Part
 from tpshard.errors import printable
 from tpshard.layout import Shape
 
@@ -26,6 +26,9 @@ NOTES = frozenset(  # of a layer, not of its weight's numbers
 FLOATS = ("F8_E4M3", "F8_E5M2")
 WORD = 32  # bits
 SCALARS = frozenset({"k_scale", "v_scale", "q_scale", "prob_scale", "output_scale", "k_zero_point", "v_zero_point"})
+
+
+Forms = list[tuple[str, Form]]  # of a layer's weights, by the last part of their names
 
 
 class RefusedError(Exception):
@@ -61,7 +64,7 @@ class Layer:
         stored = self.get(leaf)
         if stored.shape != shape:
             raise RefusedError(f"{printable(stored.name)} is {list(stored.shape)}, must be {list(shape)}")
-        return Companion(stored.name, stored.dtype, part, shape, axes, **more)
+        return Companion(leaf, stored.dtype, part, shape, axes, **more)
 
     def notes(self) -> tuple[Companion, ...]:
         """Scalars that say something of the layer; on every rank whole."""
@@ -70,13 +73,12 @@ class Layer:
             stored = self.tensors[leaf]
             if stored.shape not in ((), (1,)):
                 raise RefusedError(f"{printable(stored.name)} is {list(stored.shape)}, must be a single number")
-            found.append(Companion(stored.name, stored.dtype, "note", stored.shape, (None,) * len(stored.shape)))
+            found.append(Companion(leaf, stored.dtype, "note", stored.shape, (None,) * len(stored.shape)))
         return tuple(found)
 
-    def weight(self, shape: Shape, *companions: Companion | None, leaf: str = "weight") -> list[Weight]:
-        """The layer's weight, of these tensors and the layer's notes."""
-        name = f"{self.path}.{leaf}" if self.path else leaf
-        return [Weight(name, shape, (*(c for c in companions if c is not None), *self.notes()))]
+    def form(self, shape: Shape, *companions: Companion | None, leaf: str = "weight") -> Forms:
+        """The form of the layer's weight ``leaf``, of these tensors and the layer's notes."""
+        return [(leaf, Form(shape, (*(c for c in companions if c is not None), *self.notes())))]
 
     def need_dtype(self, leaf: str, *dtypes: str) -> None:
         stored = self.get(leaf)

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tpshard.companions import Axis, Part, Weight
+from tpshard.companions import Axis, Part
 from tpshard.errors import printable
 from tpshard.layout import Shape
-from tpshard.quantised_layer import FLOATS, WORD, Layer, RefusedError, is_indexed, words_of
+from tpshard.quantised_layer import FLOATS, WORD, Forms, Layer, RefusedError, is_indexed, words_of
 
 
-def packed_integers(layer: Layer) -> list[Weight]:
+def packed_integers(layer: Layer) -> Forms:
     """``weight_packed [out, in/8]`` in int32, ``weight_scale [out, in/g]``, ``weight_zero_point [out/8, in/g]``,
     ``weight_g_idx [in]``, ``weight_shape``: the weight's own shape."""
     if "weight_packed" not in layer.tensors or layer.get("weight_packed").dtype == "U8":
@@ -39,7 +39,7 @@ def packed_integers(layer: Layer) -> list[Weight]:
     along = Axis(1, group, indexed) if group else None
     rows = Axis(0) if scale[:1] == (out,) else None
     zero = layer.tensors.get("weight_zero_point")
-    return layer.weight(
+    return layer.form(
         (out, size),
         layer.companion(
             "weight_packed", "numbers", (Axis(0), Axis(1, per)), (out, words), **words_of(1, bits, signed=True)
@@ -78,7 +78,7 @@ def _group_of(layer: Layer, scale: Shape, out: int, size: int, fits: list[Mappin
     raise RefusedError(f"{printable(layer.path)}.weight_scale is {list(scale)}, which is not of group_size {known}")
 
 
-def packed_fp4(layer: Layer) -> list[Weight]:
+def packed_fp4(layer: Layer) -> Forms:
     """``weight_packed [out, in/2]`` in bytes; ``weight_scale [out, in/16]`` in FP8 with ``weight_global_scale`` (NVFP4,
     by which is divided), or ``[out, in/32]`` powers of two (MXFP4)."""
     if "weight_packed" not in layer.tensors or layer.get("weight_packed").dtype != "U8":
@@ -95,7 +95,7 @@ def packed_fp4(layer: Layer) -> list[Weight]:
     return _nibbles(layer, "weight_packed", out, half, group, "weight_global_scale", "divisor")
 
 
-def nvfp4(layer: Layer) -> list[Weight]:
+def nvfp4(layer: Layer) -> Forms:
     """modelopt: ``weight [out, in/2]`` in bytes, ``weight_scale [out, in/16]`` in FP8, ``weight_scale_2``, by which is
     multiplied. Scales are stored row by row, not swizzled."""
     if "weight_scale_2" not in layer.tensors:
@@ -109,7 +109,7 @@ def nvfp4(layer: Layer) -> list[Weight]:
     return _nibbles(layer, "weight", out, half, group, "weight_scale_2", "multiplier")
 
 
-def _nibbles(layer: Layer, leaf: str, out: int, half: int, group: int, second: str, part: Part) -> list[Weight]:
+def _nibbles(layer: Layer, leaf: str, out: int, half: int, group: int, second: str, part: Part) -> Forms:
     size = half * 2
     if size % group:
         raise RefusedError(f"{printable(layer.path)}: groups of {group} do not divide {size} inputs")
@@ -117,7 +117,7 @@ def _nibbles(layer: Layer, leaf: str, out: int, half: int, group: int, second: s
     if one is not None and one.shape not in ((), (1,)):
         raise RefusedError(f"{printable(one.name)} is {list(one.shape)}, must be a single number")
     packed = {"packing": "nibbles", "packed": 1, "bits": 4}
-    return layer.weight(
+    return layer.form(
         (out, size),
         layer.companion(leaf, "numbers", (Axis(0), Axis(1, 2)), (out, half), **packed),
         layer.companion("weight_scale", "scale", (Axis(0), Axis(1, group)), (out, size // group)),
@@ -125,7 +125,7 @@ def _nibbles(layer: Layer, leaf: str, out: int, half: int, group: int, second: s
     )
 
 
-def mxfp4(layer: Layer) -> list[Weight]:
+def mxfp4(layer: Layer) -> Forms:
     """GPT-OSS: ``NAME_blocks [expert, out, in/32, 16]`` in bytes, ``NAME_scales [expert, out, in/32]``, powers of two.
     The weight itself, as the model has it, is [expert, in, out]."""
     found = []
@@ -141,7 +141,7 @@ def mxfp4(layer: Layer) -> list[Weight]:
         experts, out, groups, _ = stored.shape
         axes = (Axis(0), Axis(2), Axis(1, 32))
         packed = {"packing": "nibbles", "packed": 2, "bits": 4}
-        found += layer.weight(
+        found += layer.form(
             (experts, groups * 32, out),
             layer.companion(leaf, "numbers", (*axes, None), stored.shape, **packed),
             layer.companion(f"{name}_scales", "scale", axes, stored.shape[:3]),

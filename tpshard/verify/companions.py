@@ -54,21 +54,21 @@ def _as_dense(shards: Checkpoint, quantised: Quantised) -> Checkpoint:
         if weight is None:
             tensors[name] = shards.tensors[name]
             continue
-        numbers = shards.tensors[weight.numbers.name]
-        tensors[name] = replace(numbers, name=name, layout=multiplied(numbers.layout, weight))
+        numbers = shards.tensors[weight.stored(weight.form.numbers)]
+        tensors[name] = replace(numbers, name=name, layout=multiplied(numbers.layout, weight.form))
     return replace(shards, tensors=tensors)
 
 
 def _astray(weight: Weight, shards: Checkpoint) -> Iterator[Finding]:
     """Companions that do not hold what their weight's rank needs, in that order."""
-    numbers = shards.tensors[weight.numbers.name]
-    dense = replace(numbers, layout=multiplied(numbers.layout, weight))
-    for companion in weight.companions:
-        stored = shards.tensors[companion.name]
+    numbers = shards.tensors[weight.stored(weight.form.numbers)]
+    dense = replace(numbers, layout=multiplied(numbers.layout, weight.form))
+    for companion in weight.form.companions:
+        stored = shards.tensors[weight.stored(companion)]
         for rank in range(shards.ranks):
             what = _difference(weight, companion, dense, stored, rank)
             if what:
-                yield Finding(what, tensor=companion.name, rank=rank)
+                yield Finding(what, tensor=stored.name, rank=rank)
                 break
 
 

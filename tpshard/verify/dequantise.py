@@ -21,7 +21,7 @@ from collections.abc import Callable
 
 import torch
 
-from tpshard.companions import Companion, Part, Weight
+from tpshard.companions import Companion, Form, Part
 from tpshard.layout import Box
 
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the place in the word of each of its eight outputs
@@ -29,13 +29,13 @@ FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float64
 Read = Callable[[Companion, Box], torch.Tensor]
 
 
-def dequantised(weight: Weight, box: Box, read: Read) -> torch.Tensor:
+def dequantised(form: Form, box: Box, read: Read) -> torch.Tensor:
     """A region of the weight. ``box`` and what ``read`` is asked for are in one holder's own coordinates."""
-    index = _values(_of(weight, "group"), weight, box, read, None)
+    index = _values(_of(form, "group"), form, box, read, None)
     groups = None if index is None else index.long().flatten()
 
     def values(part: Part) -> torch.Tensor | None:
-        return _values(_of(weight, part), weight, box, read, groups)
+        return _values(_of(form, part), form, box, read, groups)
 
     numbers, zero, scale = values("numbers"), values("zero"), values("scale")
     multiplier, divisor = values("multiplier"), values("divisor")
@@ -51,12 +51,12 @@ def dequantised(weight: Weight, box: Box, read: Read) -> torch.Tensor:
     return numbers
 
 
-def _of(weight: Weight, part: Part) -> Companion | None:
-    return next((companion for companion in weight.companions if companion.part == part), None)
+def _of(form: Form, part: Part) -> Companion | None:
+    return next((companion for companion in form.companions if companion.part == part), None)
 
 
 def _values(
-    companion: Companion | None, weight: Weight, box: Box, read: Read, groups: torch.Tensor | None
+    companion: Companion | None, form: Form, box: Box, read: Read, groups: torch.Tensor | None
 ) -> torch.Tensor | None:
     """A companion's values for a region of the weight: one axis for each of the weight's, of extent 1 where all cells
     share one value."""
@@ -88,7 +88,7 @@ def _values(
             found = found.select(stored, 0)
     places = [axis.of for axis in companion.axes if axis is not None]
     found = found.permute(sorted(range(len(places)), key=lambda k: places[k]))
-    for missing in sorted(set(range(len(weight.shape))) - set(places)):
+    for missing in sorted(set(range(len(form.shape))) - set(places)):
         found = found.unsqueeze(missing)
     return found
 

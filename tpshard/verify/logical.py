@@ -60,12 +60,12 @@ class LogicalWeights:
         if weight is None:
             return self._weights.layout(name)
         if name not in self._layouts:
-            self._layouts[name] = multiplied(self._weights.layout(weight.numbers.name), weight)
+            self._layouts[name] = multiplied(self._weights.layout(weight.stored(weight.form.numbers)), weight.form)
         return self._layouts[name]
 
     def role(self, name: str) -> Role:
         weight = self._quantised.weights.get(name)
-        return self._weights.role(weight.numbers.name if weight else name)
+        return self._weights.role(weight.stored(weight.form.numbers) if weight else name)
 
     def held(self, name: str, rank: int) -> Sequence[Place]:
         if name not in self._quantised.weights:
@@ -79,22 +79,23 @@ class LogicalWeights:
             return self._weights.read(name, holder, box)
         if not box.volume:
             return torch.empty(box.shape, dtype=torch.float64)
-        return dequantised(weight, box, lambda companion, part: self._read(weight, companion, holder, part))
+        return dequantised(weight.form, box, lambda companion, part: self._read(weight, companion, holder, part))
 
     def _read(self, weight: Weight, companion: Companion, holder: int, box: Box) -> torch.Tensor:
         """Of one companion; small ones are kept, since a region may be a thin strip of all their rows."""
-        layout = self._weights.layout(companion.name)
+        name = weight.stored(companion)
+        layout = self._weights.layout(name)
         shard = layout.shards[holder] if holder != WHOLE else None
         shape = shard.shape if shard else layout.shape
         if any(stop > size for stop, size in zip(box.stop, shape, strict=True)):
-            own = f"rank {holder}'s {printable(companion.name)} is {list(shape)}"
+            own = f"rank {holder}'s {printable(name)} is {list(shape)}"
             raise InconclusiveError(f"{own}: too short for its part of {printable(weight.name)}")
         size = math.prod(shape) * DTYPE_BITS[companion.dtype] // 8
         if size > KEPT_ONE:
-            return self._weights.read(companion.name, holder, box)
-        key = companion.name, holder
+            return self._weights.read(name, holder, box)
+        key = name, holder
         if key not in self._kept:
-            self._kept[key] = self._weights.read(companion.name, holder, Box((0,) * len(shape), shape))
+            self._kept[key] = self._weights.read(name, holder, Box((0,) * len(shape), shape))
             self._size += size
             while self._size > KEPT and len(self._kept) > 1:
                 old = self._kept.popitem(last=False)[1]
