@@ -18,6 +18,15 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "here"))
 os.environ.pop("GITHUB_STEP_SUMMARY", None)  # what tests verify is no news of the build that runs them
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What is marked ``sweep`` runs where it is asked for: ``-m sweep``."""
+    if "sweep" in config.option.markexpr:
+        return
+    left = [item for item in items if item.get_closest_marker("sweep")]
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item in items if not item.get_closest_marker("sweep")]
+
+
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """A tiny checkpoint with three key-value heads, in a folder of its own."""

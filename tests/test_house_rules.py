@@ -13,43 +13,20 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "tpshard"
 
 # From the ground up: a module imports from floors below it, or from those before it on its own floor.
+FAMILIES = tuple(f"verify.families.{path.stem}" for path in sorted((PACKAGE / "verify/families").glob("[a-z]*.py")))
 FLOORS: list[tuple[str, ...]] = [
     ("__init__", "errors"),
-    ("layout", "expressions", "patterns", "document", "digest", "roles", "launch"),
-    ("header", "partition", "folder", "manifest", "manifest_parsing"),
-    ("policy", "policy_parsing", "library", "policy_schema", "assignment", "checkpoint", "companions"),
-    ("policy_check", "plan", "slabs"),
-    (
-        "staging",
-        "sources",
-        "quantised_layer",
-        "quantised_packed",
-        "quantised_formats",
-        "quantised",
-        "outputs",
-        "execute",
-        "convert",
-        "summary",
-        "demo",
-    ),
-    (
-        "verify.report",
-        "verify.families",
-        "verify.axes",
-        "verify.differences",
-        "verify.ties",
-        "verify.layout",
-    ),
-    ("verify.files", "verify.weights", "verify.companions", "verify.request"),
-    (
-        "verify.values",
-        "verify.dequantise",
-        "verify.logical",
-        "verify.blocks",
-        "verify.block_tensor",
-        "verify.block_operations",
-        "verify.generic",
-    ),
+    ("layout", "expressions", "patterns", "document", "digest", "roles", "launch", "mesh"),
+    ("stages", "header", "partition", "folder", "manifest", "manifest_parsing"),
+    ("policy", "policy_parsing", "library", "policy_schema", "assignment", "checkpoint"),
+    ("grid", "companions", "policy_check", "plan", "slabs"),
+    ("staging", "sources", "quantised_layer", "quantised_packed", "quantised_formats", "quantised"),
+    ("outputs", "execute", "convert", "summary", "demo"),
+    ("verify.report", "verify.slots", *FAMILIES, "verify.families.__init__"),
+    ("verify.axes", "verify.differences", "verify.ties", "verify.layout", "verify.grid_layout"),
+    ("verify.folding", "verify.files", "verify.weights", "verify.companions", "verify.request"),
+    ("verify.values", "verify.dequantise", "verify.logical"),
+    ("verify.blocks", "verify.block_tensor", "verify.block_operations", "verify.generic"),
     ("verify.inputs", "verify.models", "verify.factory_model", "verify.placement", "verify.gradients"),
     (
         "verify.lockstep",
@@ -71,8 +48,10 @@ FLOORS: list[tuple[str, ...]] = [
 ]
 ORDER = {module: place for place, module in enumerate(module for floor in FLOORS for module in floor)}
 WITH_TORCH = {name for name in ORDER if name.startswith("verify.")} - {
-    "verify.report", "verify.families", "verify.axes", "verify.differences", "verify.ties", "verify.layout",
-    "verify.companions", "verify.files", "verify.weights", "verify.request", "verify.run", "verify.__init__",
+    "verify.report", "verify.slots", *FAMILIES, "verify.families.__init__",
+    "verify.axes", "verify.differences", "verify.ties", "verify.layout", "verify.grid_layout",
+    "verify.folding", "verify.companions",
+    "verify.files", "verify.weights", "verify.request", "verify.run", "verify.__init__",
 }  # fmt: skip
 
 

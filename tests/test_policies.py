@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from tests import tiny_models
+from tests.architectures import Architecture, architectures
 from tests.build import load
+from tests.proof import config_of
 from tests.tiny_models import save_model
 from tpshard.assignment import match_all
 from tpshard.checkpoint import Checkpoint, open_full
-from tpshard.convert import plan_merge, plan_split, run
+from tpshard.convert import plan_split, run
 from tpshard.errors import PolicyError
 from tpshard.layout import Shape
 from tpshard.library import builtin_policies, choose_policy
@@ -23,28 +25,7 @@ from tpshard.verify.request import Request
 from tpshard.verify.run import verify
 
 MODEL_CHECKS = ("forward", "backward", "generic", "self-test")
-MODEL_TYPES = sorted(str(kind) for policy in builtin_policies().values() for kind in policy.applies_to["model_type"])
-GROUPED = [kind for kind in MODEL_TYPES if "num_key_value_heads" in tiny_models.SIZES.get(kind, {})]
-
-
-def test_there_is_a_tiny_model_for_each_model_type() -> None:
-    assert sorted(tiny_models.SIZES) == MODEL_TYPES
-
-
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_split_verify_merge(model_type: str, tmp_path: Path) -> None:
-    """By the policy that auto picks: every check passes that knows the architecture, and every byte comes back."""
-    source, shards, merged = tmp_path / "source", tmp_path / "shards", tmp_path / "merged"
-    save_model(model_type, source, kv_heads=2)
-    conversion = plan_split(source, shards, 2)
-    assert conversion.warnings == ()
-    run(conversion)
-    report = verify(Request(shards, against=source, workers=1))
-    verdicts = {check.name: check.verdict for check in report.checks}
-    assert verdicts.pop("layout") in (Verdict.PASS, Verdict.INCONCLUSIVE), report
-    assert verdicts == dict.fromkeys(("files", "weights", *MODEL_CHECKS), Verdict.PASS), report
-    run(plan_merge(shards, merged))
-    assert load(merged / "model.safetensors") == load(source / "model.safetensors")
+GROUPED = [kind for kind in tiny_models.SIZES if "num_key_value_heads" in tiny_models.SIZES[kind]]
 
 
 @pytest.mark.parametrize("model_type", ["albert", "cohere", "distilbert", "gpt2", "llama", "olmo2", "phi3", "stablelm"])
@@ -81,7 +62,7 @@ def test_every_tensor_of_every_head_has_a_rule_and_every_rule_a_tensor(name: str
     """For each class of each architecture, words tied and not, with cross-attention, and buffers of old files."""
     policy = builtin_policies()[name]
     unmet = set(policy.levels[0])
-    for number, (config, head) in enumerate(variants(policy.applies_to["model_type"])):
+    for number, (config, head) in enumerate(variants(found for found in architectures() if found.policy == name)):
         tiny_models.build(config, head).save_pretrained(tmp_path / str(number))
         checkpoint = open_full(tmp_path / str(number))
         assert choose_policy("auto", checkpoint.config) is policy
@@ -89,17 +70,20 @@ def test_every_tensor_of_every_head_has_a_rule_and_every_rule_a_tensor(name: str
     assert unmet == set()
 
 
-def variants(model_types: tuple[object, ...]) -> Iterator[tuple[Any, str]]:
-    for model_type in map(str, model_types):
-        config = tiny_models.make_config(model_type)
+def variants(found: Iterable[Architecture]) -> Iterator[tuple[Any, str]]:
+    """Configs with small changes, and all classes that transformers has for each."""
+    for architecture in found:
+        model_type = architecture.model_type
+        config = config_of(architecture)
         yield from ((config, head) for head in tiny_models.heads(config))
-        untied = tiny_models.make_config(model_type, tie_word_embeddings=False)
-        yield untied, tiny_models.word_head(untied)
+        if not architecture.head:
+            untied = config_of(architecture, tie_word_embeddings=False)
+            yield untied, tiny_models.word_head(untied)
         if model_type in ("bert", "gpt2", "roberta"):
-            decoder = tiny_models.make_config(model_type, is_decoder=True, add_cross_attention=True)
+            decoder = config_of(architecture, is_decoder=True, add_cross_attention=True)
             yield from ((decoder, head) for head in tiny_models.heads(decoder) if "LM" in head and "Masked" not in head)
         if model_type == "ernie":
-            yield tiny_models.make_config(model_type, use_task_id=True), "ErnieModel"
+            yield config_of(architecture, use_task_id=True), "ErnieModel"
 
 
 def old_buffers(checkpoint: Checkpoint) -> dict[str, Shape]:
@@ -187,10 +171,6 @@ def test_cohere_norm_of_each_head(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- auto
-
-
-def test_each_model_type_has_one_policy() -> None:
-    assert len(MODEL_TYPES) == len(set(MODEL_TYPES))
 
 
 def test_unknown_model_type_is_refused_with_the_nearest() -> None:

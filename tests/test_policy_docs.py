@@ -44,10 +44,12 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "my-olmo2": ("olmo2", tiny_models.SIZES["olmo2"], 2),
     "llama-by-group": ("llama", LLAMA | {"num_attention_heads": 10, "num_key_value_heads": 5, "hidden_size": 70}, 4),
     "llama-padded": ("llama", LLAMA, 2),
+    "my-mixtral": ("mixtral", tiny_models.FREE | {"num_local_experts": 5, "num_experts_per_tok": 2}, 2),
     "falcon-rw": ("falcon", FALCON, 3),
     "falcon-7b": ("falcon", FALCON | {"multi_query": True}, 3),
     "falcon-40b": ("falcon", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 3}, 3),
     "llama-heads-only": ("llama", LLAMA, 6),
+    "cohere-in-stages": ("cohere", tiny_models.SIZES["cohere"], 2),
 }
 
 

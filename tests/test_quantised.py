@@ -22,9 +22,10 @@ from tpshard.convert import plan_merge, plan_reshard, plan_split, run
 from tpshard.errors import InputError, PolicyError
 from tpshard.layout import Box, Layout, Span
 from tpshard.library import choose_policy
+from tpshard.mesh import Grid
 from tpshard.policy_check import check_policy
 from tpshard.quantised import read_quantised
-from tpshard.verify.companions import check_quantised_layout
+from tpshard.verify.companions import check_quantised_layout, fold_quantised
 from tpshard.verify.logical import LogicalWeights
 from tpshard.verify.report import CheckResult, Verdict
 from tpshard.verify.request import Request
@@ -138,7 +139,8 @@ def test_numbers_of_any_region(name: str, made: Made, tmp_path: Path) -> None:
     shards = open_shards(split(source, tmp_path / "shards", 2))
     full = open_full(source)
     with StoredWeights(shards, full) as stored:
-        weights = LogicalWeights(stored, read_quantised(full))
+        quantised = read_quantised(full)
+        weights = LogicalWeights(stored, quantised, fold_quantised(shards, quantised)[1])
         for layer in ("self_attn.k_proj", "mlp.down_proj"):
             tensors = layers_of(load_file(source / "model.safetensors"))[LAYER + layer]
             own = layers_of(shard(tmp_path / "shards", 1, 2))[LAYER + layer]
@@ -152,7 +154,9 @@ def test_numbers_of_any_region(name: str, made: Made, tmp_path: Path) -> None:
 
 def whole_weights(source: Path) -> LogicalWeights:
     full = open_full(source)
-    return LogicalWeights(StoredWeights(full, full), read_quantised(full))
+    quantised = read_quantised(full)
+    layouts = {weight.name: Layout.replicated(weight.shape, 1) for weight in quantised.weights.values()}
+    return LogicalWeights(StoredWeights(full, full), quantised, layouts)
 
 
 def read_all(weights: LogicalWeights, name: str) -> torch.Tensor:
@@ -538,5 +542,5 @@ def test_a_dense_checkpoint_is_left_alone(tmp_path: Path) -> None:
     found = read_quantised(checkpoint)
     assert found == DENSE
     policy = choose_policy("auto", checkpoint.config)
-    assigned = assign_stored(policy, checkpoint.config, checkpoint.shapes, 2, found)
+    assigned = assign_stored(policy, checkpoint.config, checkpoint.shapes, {}, Grid.of(2), found)
     assert list(assigned.tensors) == list(checkpoint.tensors)

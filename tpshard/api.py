@@ -21,6 +21,7 @@ from pathlib import Path
 from tpshard import convert
 from tpshard.checkpoint import Checkpoint, open_checkpoint
 from tpshard.convert import DEFAULT_DIGEST, Done, Options
+from tpshard.mesh import Grid, Mesh
 from tpshard.verify.report import Report
 from tpshard.verify.request import Level, Request
 from tpshard.verify.run import verify as run_checks
@@ -34,19 +35,26 @@ def split(
     target: Folder,
     *,
     tp: int,
+    ep: int = 1,
+    pp: int = 1,
+    expert_parallel: bool = False,
+    stages: tuple[int, ...] = (),
     policy: str = "auto",
     max_shard_size: int | None = None,
     digest: str = DEFAULT_DIGEST,
     workers: int = 0,
     progress: Progress = lambda count: None,
 ) -> Done:
-    """Cut a full checkpoint for ``tp`` ranks into the new folder ``target``.
+    """Cut a full checkpoint for ``pp`` stages of ``ep`` groups of ``tp`` ranks into the new folder ``target``.
+
+    ``expert_parallel``: whole experts go to the tensor-parallel ranks, too; ``stages``: layers of each stage.
 
     ``policy``: ``auto``, a built-in name or a YAML file. ``max_shard_size`` in bytes; ``progress`` is called with
     the bytes just read. Raises TpshardError; the target is then as it was before.
     """
     options = Options(max_shard_size, digest, workers, progress)
-    return convert.run(convert.plan_split(Path(source), Path(target), tp, policy, options), options)
+    grid = Grid(Mesh(tp=tp, ep=ep, pp=pp), expert_parallel, stages)
+    return convert.run(convert.plan_split(Path(source), Path(target), grid, policy, options), options)
 
 
 def merge(
@@ -67,14 +75,19 @@ def reshard(
     target: Folder,
     *,
     tp: int,
+    ep: int = 1,
+    pp: int = 1,
+    expert_parallel: bool = False,
+    stages: tuple[int, ...] = (),
     policy: str | None = None,
     max_shard_size: int | None = None,
     workers: int = 0,
     progress: Progress = lambda count: None,
 ) -> Done:
-    """Recut a shard folder for ``tp`` ranks, by the policy it was cut with unless another is given."""
+    """Recut a shard folder for other ranks (as in ``split``), by the policy it was cut with unless another is given."""
     options = Options(max_shard_size=max_shard_size, workers=workers, progress=progress)
-    return convert.run(convert.plan_reshard(Path(source), Path(target), tp, policy, options), options)
+    grid = Grid(Mesh(tp=tp, ep=ep, pp=pp), expert_parallel, stages)
+    return convert.run(convert.plan_reshard(Path(source), Path(target), grid, policy, options), options)
 
 
 def verify(

@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
 
-from tpshard.assignment import Assigned, Assignment, assign
+from tpshard.assignment import Assigned, Assignment
+from tpshard.grid import assign_to_grid
 from tpshard.layout import Layout, Shape, Shard, Span
+from tpshard.mesh import Grid
 from tpshard.partition import Grain
 from tpshard.policy import Policy, Rule, channels
 from tpshard.roles import Role
@@ -210,7 +212,7 @@ class Quantised:
         known: dict[tuple[int, Shape], int | None] = {}
         counts: dict[str, int] = {}
         sides: dict[tuple[str, int], set[tuple[str, bool]]] = {}
-        stacks = {name: stack_of(name) for name in shapes}
+        stacks = {name: stack_of(name) for name in rules}
         for name, rule in rules.items():
             if rule is None or together.get(stacks[name], 1) == 1:
                 continue
@@ -255,11 +257,21 @@ _NUMBER = re.compile(r"(?:^|\.)\d+(?:\.|$)")
 
 
 def assign_stored(
-    policy: Policy, config: Mapping[str, Any], stored: Mapping[str, Shape], ranks: int, quantised: Quantised
+    policy: Policy,
+    config: Mapping[str, Any],
+    stored: Mapping[str, Shape],
+    sizes: Mapping[str, int],
+    grid: Grid,
+    quantised: Quantised,
 ) -> Assigned:
     """The layout and role of every stored tensor: of companions those of their weight. Raises PolicyError."""
     shapes = quantised.shapes(stored)
-    assigned = assign(policy, config, shapes, ranks, lambda rules: quantised.grains(policy, config, shapes, rules))
+    bytes_of = dict(sizes)
+    for own in quantised.weights.values():
+        bytes_of[own.name] = sum(sizes.get(name, 0) for name in own.stored_names)
+    assigned = assign_to_grid(
+        policy, config, shapes, bytes_of, grid, lambda rules: quantised.grains(policy, config, shapes, rules)
+    )
     if not quantised.weights:
         return assigned
     found: dict[str, Assignment] = {}
@@ -275,5 +287,7 @@ def assign_stored(
             known[key] = [Assignment(layout, assignment.role) for layout in layouts]
         found.update(zip(weight.stored_names, known[key], strict=True))
     for name in quantised.scalars:
-        found[name] = Assignment(Layout.replicated(stored[name], ranks), Role("replicate", pattern="quantisation"))
+        found[name] = Assignment(
+            Layout.replicated(stored[name], grid.mesh.ranks), Role("replicate", pattern="quantisation")
+        )
     return Assigned({name: found[name] for name in stored}, assigned.unused)

@@ -16,9 +16,11 @@ from tpshard.digest import hasher_factory
 from tpshard.errors import InputError, UsageError
 from tpshard.execute import Written, execute
 from tpshard.folder import MANIFEST_NAME
+from tpshard.header import byte_count
 from tpshard.layout import Layout
 from tpshard.library import choose_policy, policy_as_data, policy_from_data
 from tpshard.manifest import CarriedRecord, Manifest, SourceFile, TensorRecord, manifest_bytes, shard_spans
+from tpshard.mesh import Grid, Mesh
 from tpshard.plan import Item, Output, Plan, arrange, bytes_of_ranks
 from tpshard.policy import Policy
 from tpshard.quantised import read_quantised
@@ -45,13 +47,15 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """A planned conversion, ready to be shown or run. ``policy`` and ``roles`` are set where shards are written."""
+    """A planned conversion, ready to be shown or run. ``policy``, ``roles`` and ``mesh`` are set where shards are
+    written."""
 
     plan: Plan
     target: Path
     policy: Policy | None
     roles: Mapping[str, Role]
     warnings: tuple[str, ...]
+    mesh: Mesh | None = None
 
     @property
     def disk_needed(self) -> int:
@@ -71,19 +75,22 @@ class Done:
     sync_seconds: float
 
 
-def plan_split(source: Path, target: Path, tp: int, policy: str = "auto", options: Options = Options()) -> Conversion:
-    """Plan to cut a full checkpoint for ``tp`` ranks; reads headers only. Raises any TpshardError."""
+def plan_split(
+    source: Path, target: Path, ranks: int | Grid, policy: str = "auto", options: Options = Options()
+) -> Conversion:
+    """Plan to cut a full checkpoint for tensor-parallel ranks, or a grid; reads headers only. Raises any
+    TpshardError."""
     if (source / MANIFEST_NAME).exists():
         raise UsageError(f"{source}: is a shard folder already", hint="tpshard reshard cuts it for other ranks")
     check_target(target, source)
     checkpoint = open_full(source)
-    return _to_shards(checkpoint, target, tp, choose_policy(policy, checkpoint.config), options)
+    return _to_shards(checkpoint, target, Grid.of(ranks), choose_policy(policy, checkpoint.config), options)
 
 
 def plan_reshard(
-    source: Path, target: Path, tp: int, policy: str | None = None, options: Options = Options()
+    source: Path, target: Path, ranks: int | Grid, policy: str | None = None, options: Options = Options()
 ) -> Conversion:
-    """Plan to recut a shard folder for ``tp`` ranks, by the policy it was cut with unless another is given."""
+    """Plan to recut a shard folder for other ranks, by the policy it was cut with unless another is given."""
     check_target(target, source)
     checkpoint = open_shards(source)
     assert checkpoint.manifest is not None
@@ -91,7 +98,7 @@ def plan_reshard(
         chosen = policy_from_data(checkpoint.manifest.policy_documents, str(source / MANIFEST_NAME))
     else:
         chosen = choose_policy(policy, checkpoint.config)
-    return _to_shards(checkpoint, target, tp, chosen, options)
+    return _to_shards(checkpoint, target, Grid.of(ranks), chosen, options)
 
 
 def plan_merge(source: Path, target: Path, options: Options = Options()) -> Conversion:
@@ -146,35 +153,39 @@ def run(conversion: Conversion, options: Options = Options()) -> Done:
 # ---------------------------------------------------------------------------------------------- to shards
 
 
-def _to_shards(checkpoint: Checkpoint, target: Path, tp: int, policy: Policy, options: Options) -> Conversion:
-    assigned = assign_stored(policy, checkpoint.config, checkpoint.shapes, tp, read_quantised(checkpoint))
-    wanted = assigned.tensors
+def _to_shards(checkpoint: Checkpoint, target: Path, grid: Grid, policy: Policy, options: Options) -> Conversion:
+    sizes = {name: byte_count(tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    quantised = read_quantised(checkpoint)
+    assigned = assign_stored(policy, checkpoint.config, checkpoint.shapes, sizes, grid, quantised)
+    mesh, wanted = grid.mesh, assigned.tensors
     items = [Item(tensor, wanted[name].layout) for name, tensor in checkpoint.tensors.items()]
-    groups = arrange(items, tp, options.max_shard_size or DEFAULT_MAX_SHARD_SIZE)
+    groups = arrange(items, mesh.ranks, options.max_shard_size or DEFAULT_MAX_SHARD_SIZE)
     outputs, first = [], 0
     for part, group in enumerate(groups):
         last = first + len(group)
-        outputs += [Output(shard_name(rank, tp, part, len(groups)), rank, part, first, last) for rank in range(tp)]
+        names = (shard_name(rank, mesh, part, len(groups)) for rank in range(mesh.ranks))
+        outputs += [Output(name, rank, part, first, last) for rank, name in enumerate(names)]
         first = last
     items = [item for group in groups for item in group]
-    describe = partial(_self_description, items, tp, len(groups))
-    plan = Plan(checkpoint, tuple(items), tuple(outputs), tp, describe)
+    describe = partial(_self_description, items, mesh, len(groups))
+    plan = Plan(checkpoint, tuple(items), tuple(outputs), mesh.ranks, describe)
     unused = [f"{rule.mark}: rule '{rule.key}' matches no tensor" for rule in assigned.unused]
     roles = {name: assignment.role for name, assignment in wanted.items()}
-    return Conversion(plan, target, policy, roles, (*checkpoint.warnings, *unused))
+    return Conversion(plan, target, policy, roles, (*checkpoint.warnings, *unused), mesh)
 
 
-def shard_name(rank: int, ranks: int, part: int, parts: int) -> str:
+def shard_name(rank: int, mesh: Mesh, part: int, parts: int) -> str:
     """A rank's file.
 
-    >>> shard_name(3, 8, 0, 1), shard_name(3, 8, 1, 2)
-    ('rank-00003-of-00008.safetensors', 'rank-00003-of-00008-part-00002-of-00002.safetensors')
+    >>> shard_name(3, Mesh(8), 0, 1), shard_name(5, Mesh(tp=2, ep=2, pp=2), 1, 2)
+    ('rank-00003-of-00008.safetensors', 'rank-00005-of-00008-pp1-ep0-tp1-part-00002-of-00002.safetensors')
     """
+    place = "".join(f"-{axis}{at}" for axis, at in mesh.place(rank).items()) if mesh.is_grid else ""
     suffix = f"-part-{part + 1:05d}-of-{parts:05d}" if parts > 1 else ""
-    return f"rank-{rank:05d}-of-{ranks:05d}{suffix}.safetensors"
+    return f"rank-{rank:05d}-of-{mesh.ranks:05d}{place}{suffix}.safetensors"
 
 
-def _self_description(items: Sequence[Item], ranks: int, parts: int, output: Output) -> dict[str, str]:
+def _self_description(items: Sequence[Item], mesh: Mesh, parts: int, output: Output) -> dict[str, str]:
     """What a shard file says of itself: enough to place every tensor in the whole without the manifest."""
     layouts: dict[Layout, int] = {}
     tensors = {
@@ -187,7 +198,8 @@ def _self_description(items: Sequence[Item], ranks: int, parts: int, output: Out
         "format": "pt",
         "tpshard.version": "1",
         "tpshard.rank": str(output.rank),
-        "tpshard.ranks": str(ranks),
+        "tpshard.ranks": str(mesh.ranks),
+        "tpshard.mesh": json.dumps(mesh.as_data(), separators=(",", ":")),
         "tpshard.part": str(output.part),
         "tpshard.parts": str(parts),
         "tpshard.slices": json.dumps(slices, separators=(",", ":")),
@@ -198,6 +210,7 @@ def _self_description(items: Sequence[Item], ranks: int, parts: int, output: Out
 def _manifest(conversion: Conversion, written: Written, carried: tuple[CarriedRecord, ...], algorithm: str) -> Manifest:
     plan, policy = conversion.plan, conversion.policy
     assert policy is not None
+    assert conversion.mesh is not None
     part_of = {
         index: output.part for output in plan.outputs if output.rank == 0 for index in range(output.first, output.last)
     }
@@ -217,7 +230,7 @@ def _manifest(conversion: Conversion, written: Written, carried: tuple[CarriedRe
     origin = plan.source.manifest
     sources = origin.sources if origin else tuple(SourceFile(f.name, f.metadata) for f in plan.source.files)
     return Manifest(
-        ranks=plan.ranks,
+        mesh=conversion.mesh,
         algorithm=algorithm,
         policy=policy.name,
         policy_documents=policy_as_data(policy),

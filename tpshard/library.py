@@ -110,7 +110,7 @@ def _resolved(own: Sequence[Policy], known: Mapping[str, Policy]) -> dict[str, P
 
 
 def _stack(policies: Sequence[Policy]) -> Policy:
-    """The first policy, with the rules, variables and default of the others behind its own."""
+    """The first policy, with the rules, variables, stages and default of the others behind its own."""
     first = policies[0]
     variables = {key: value for policy in reversed(policies) for key, value in policy.variables.items()}
     return dataclasses.replace(
@@ -118,6 +118,7 @@ def _stack(policies: Sequence[Policy]) -> Policy:
         levels=tuple(level for policy in policies for level in policy.levels),
         variables=variables,
         default=next((policy.default for policy in policies if policy.says_default), None),
+        stages=next((policy.stages for policy in policies if policy.stages), None),
         documents=tuple(document for policy in policies for document in policy.documents),
     )
 

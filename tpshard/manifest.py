@@ -13,13 +13,27 @@ from dataclasses import dataclass
 from typing import Any
 
 from tpshard.layout import Layout, Shape, Shard
+from tpshard.mesh import Mesh
 from tpshard.roles import Role
 
 FORMAT = "tpshard-manifest"
 VERSION = 1
 MAX_RANKS = 4096  # bounds memory on a hostile manifest; split refuses more as well
 KEYS = frozenset(
-    {"format", "version", "ranks", "digest", "policy", "sources", "files", "carried", "layouts", "roles", "tensors"}
+    {
+        "format",
+        "version",
+        "ranks",
+        "mesh",
+        "digest",
+        "policy",
+        "sources",
+        "files",
+        "carried",
+        "layouts",
+        "roles",
+        "tensors",
+    }
 )
 
 
@@ -78,7 +92,7 @@ class TensorRecord:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    ranks: int
+    mesh: Mesh
     algorithm: str
     policy: str
     policy_documents: Sequence[object]
@@ -86,6 +100,10 @@ class Manifest:
     tensors: tuple[TensorRecord, ...]
     files: tuple[FileRecord, ...]
     carried: tuple[CarriedRecord, ...]
+
+    @property
+    def ranks(self) -> int:
+        return self.mesh.ranks
 
 
 def layout_as_data(layout: Layout) -> dict[str, Any]:
@@ -113,6 +131,7 @@ def manifest_bytes(manifest: Manifest) -> bytes:
         "format": FORMAT,
         "version": VERSION,
         "ranks": manifest.ranks,
+        "mesh": manifest.mesh.as_data(),
         "digest": manifest.algorithm,
         "policy": {"name": manifest.policy, "documents": list(manifest.policy_documents)},
         "sources": [{"name": s.name, "metadata": dict(sorted(s.metadata.items()))} for s in manifest.sources],

@@ -23,6 +23,7 @@ from tpshard.manifest import (
     TensorRecord,
     seal_of,
 )
+from tpshard.mesh import AXES, Mesh
 from tpshard.roles import Gather, Kind, Role
 
 
@@ -51,6 +52,9 @@ def _manifest_from(data: Mapping[str, Any]) -> Manifest:
     ranks = _count(data["ranks"], "ranks")
     if not 1 <= ranks <= MAX_RANKS:
         raise InputError(f"ranks is {ranks}, must be from 1 to {MAX_RANKS}")
+    mesh = _mesh_from(data["mesh"])
+    if mesh.ranks != ranks:
+        raise InputError(f"the mesh has {mesh.ranks} ranks, ranks is {ranks}")
     unknown = sorted(set(data) - KEYS)
     if unknown:
         raise InputError(f"unknown field '{printable(unknown[0])}'")
@@ -61,7 +65,7 @@ def _manifest_from(data: Mapping[str, Any]) -> Manifest:
     if any(layout.ranks != ranks for layout in layouts):
         raise InputError(f"a layout has not {ranks} ranks")
     manifest = Manifest(
-        ranks=ranks,
+        mesh=mesh,
         algorithm=data["digest"],
         policy=str(data["policy"]["name"]),
         policy_documents=tuple(data["policy"]["documents"]),
@@ -74,6 +78,13 @@ def _manifest_from(data: Mapping[str, Any]) -> Manifest:
     )
     _check_whole(manifest)
     return manifest
+
+
+def _mesh_from(item: Mapping[str, Any]) -> Mesh:
+    if set(item) != set(AXES):
+        raise InputError(f"mesh {printable(str(item))} has not the axes {', '.join(AXES)}")
+    sizes = {axis: _count(item[axis], axis) for axis in AXES}
+    return Mesh(**sizes)
 
 
 def _check_whole(manifest: Manifest) -> None:

@@ -11,16 +11,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tpshard.document import Mark
-from tpshard.errors import PolicyError
+from tpshard.errors import PolicyError, printable
 from tpshard.expressions import evaluate
 from tpshard.layout import Layout, Shape
+from tpshard.mesh import Experts
 from tpshard.partition import ANY, Block, Cut, Grain, cut_layout
 from tpshard.patterns import Index, Pattern
 from tpshard.roles import Gather, Kind, Role
+from tpshard.stages import Stages
 
 KINDS: tuple[Kind, ...] = ("column", "row", "replicate")
-RULE_KEYS = ("rule", "dims", "heads", "unit", "parts", "gather", "uneven", "pad")
-POLICY_KEYS = ("name", "description", "for", "extends", "vars", "default", "rules")
+RULE_KEYS = ("rule", "dims", "heads", "unit", "parts", "gather", "uneven", "pad", "experts")
+POLICY_KEYS = ("name", "description", "for", "extends", "vars", "default", "rules", "stages")
 
 Expression = str | int
 Parts = int | tuple[Expression, ...] | tuple[tuple[Expression, Expression], ...]
@@ -44,6 +46,7 @@ class Rule:
     gather: Gather = ""
     uneven: bool = False
     pad: Expression | None = None
+    experts: Expression | None = None
     shared: bool = False
 
     @property
@@ -59,7 +62,10 @@ class Rule:
         """The axis that the rule cuts, or None where the tensor lacks it (it then stays whole)."""
         if self.kind == "replicate" or not shape:
             return None
-        letter = "o" if self.kind == "column" else "i"
+        return self.axis_of("o" if self.kind == "column" else "i", shape)
+
+    def axis_of(self, letter: str, shape: Shape) -> int | None:
+        """The axis that a letter of ``dims`` stands for, or None where the tensor lacks it."""
         letters = self._letters(len(shape))
         return letters.index(letter) if letter in letters else None
 
@@ -89,6 +95,7 @@ class Policy:
     default: Kind | None = None
     extends: str | None = None
     description: str = ""
+    stages: Stages | None = None
     documents: tuple[object, ...] = field(default=(), repr=False)
     _indexes: tuple[Index[Rule], ...] = field(init=False, repr=False, compare=False)
 
@@ -162,6 +169,24 @@ def rule_layout(
         return cut_layout(shape, axis, cut, ranks)
     except PolicyError as error:
         raise rule.fail(error.message, hint=error.hint) from None
+
+
+def rule_experts(rule: Rule, policy: Policy, config: Mapping[str, Any], tensor: str, shape: Shape) -> Experts | None:
+    """Which experts a tensor belongs to, by the letter e of ``dims`` or by ``experts`` and the last number of its name;
+    None where the rule speaks of none."""
+    axis = rule.axis_of("e", shape)
+    if axis is not None:
+        return Experts(shape[axis], axis=axis)
+    if rule.experts is None:
+        return None
+    count = _calculator(rule, policy, config)("experts", rule.experts)
+    numbers = [int(part) for part in tensor.split(".") if part.isdecimal()]
+    if not numbers or numbers[-1] >= count:
+        what = (
+            f"{printable(tensor)} is of no expert" if not numbers else f"{printable(tensor)} is of expert {numbers[-1]}"
+        )
+        raise rule.fail(f"{what}, there are {count}")
+    return Experts(count, number=numbers[-1])
 
 
 Calculator = Callable[[str, Expression], int]

@@ -11,6 +11,7 @@ from tpshard.assignment import match_all
 from tpshard.checkpoint import Checkpoint
 from tpshard.companions import DENSE, Quantised, assign_stored
 from tpshard.errors import PolicyError
+from tpshard.mesh import Grid
 from tpshard.partition import ANY, Block, Cut, legal_ranks
 from tpshard.policy import Policy, Rule, rule_cut
 
@@ -93,7 +94,7 @@ def check_policy(
     """
     config = checkpoint.config
     # one rank takes any units: what fails here fails everywhere
-    unused = assign_stored(policy, config, checkpoint.shapes, 1, quantised).unused
+    unused = assign_stored(policy, config, checkpoint.shapes, {}, Grid.of(1), quantised).unused
     shapes = quantised.shapes(checkpoint.shapes)
     counted: Counter[tuple[Rule | None, int | None, Cut | None]] = Counter()
     rules = match_all(policy, shapes)
@@ -118,7 +119,7 @@ def check_policy(
 
 def _trial(policy: Policy, checkpoint: Checkpoint, ranks: int, quantised: Quantised) -> Trial:
     try:
-        assign_stored(policy, checkpoint.config, checkpoint.shapes, ranks, quantised)
+        assign_stored(policy, checkpoint.config, checkpoint.shapes, {}, Grid.of(ranks), quantised)
     except PolicyError as error:
         return Trial(ranks, error.message)
     return Trial(ranks, "")

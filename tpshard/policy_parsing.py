@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from typing import cast
 
 from tpshard.document import Node
-from tpshard.patterns import PatternError, parse_patterns
+from tpshard.patterns import Pattern, PatternError, parse_patterns
 from tpshard.policy import KINDS, POLICY_KEYS, RULE_KEYS, Expression, Parts, Policy, Rule
 from tpshard.roles import Gather, Kind
+from tpshard.stages import STAGE_KEYS, Stages
 
 
 def parse_policy(document: Node, *, shared: bool = False) -> Policy:
@@ -29,6 +30,7 @@ def parse_policy(document: Node, *, shared: bool = False) -> Policy:
         default=_parse_default(table),
         extends=table["extends"].text() if "extends" in table else None,
         description=table["description"].text() if "description" in table else "",
+        stages=_parse_stages(table["stages"]) if "stages" in table else None,
         documents=(document.plain(),),
     )
 
@@ -65,11 +67,39 @@ def _expression(node: Node) -> Expression:
     return node.value
 
 
-def _parse_rule(key: str, node: Node, shared: bool) -> Rule:
+def _parse_stages(node: Node) -> Stages:
+    table = node.known_keys(STAGE_KEYS)
+    if "layers" not in table:
+        node.fail("needs layers: the path before a layer's number", hint="layers: model.layers")
+    tied = _optional(table, "tied")
+    if len(tied) > 1:
+        node.fail("tied has more than one pair")
+    return Stages(
+        node.key or node.mark,
+        layers=_keys(table["layers"]),
+        first=_keys(table["first"]) if "first" in table else (),
+        last=_keys(table["last"]) if "last" in table else (),
+        every=_keys(table["every"]) if "every" in table else (),
+        tied=tuple(pattern for key in tied for pattern in _patterns(key, table["tied"])),
+        head=tuple(pattern for twin in tied.values() for pattern in _keys(twin)),
+    )
+
+
+def _keys(node: Node) -> tuple[Pattern, ...]:
+    """One key or a list of them."""
+    items = node.value if isinstance(node.value, tuple) else (node,)
+    return tuple(pattern for item in items for pattern in _patterns(item.text(), item))
+
+
+def _patterns(key: str, node: Node) -> tuple[Pattern, ...]:
     try:
-        patterns = parse_patterns(key)
+        return parse_patterns(key)
     except PatternError as error:
-        node.fail(f"the key {error}")
+        return node.fail(f"the key {error}")
+
+
+def _parse_rule(key: str, node: Node, shared: bool) -> Rule:
+    patterns = _patterns(key, node)
     mark = node.key or node.mark
     if not isinstance(node.value, Mapping):
         return Rule(key, patterns, mark, cast(Kind, node.one_of(KINDS)), shared=shared)
@@ -88,6 +118,7 @@ def _parse_rule(key: str, node: Node, shared: bool) -> Rule:
         gather=_parse_gather(table["gather"]) if "gather" in table else "",
         uneven=table["uneven"].flag() if "uneven" in table else False,
         pad=_expression(table["pad"]) if "pad" in table else None,
+        experts=_expression(table["experts"]) if "experts" in table else None,
         shared=shared,
     )
     _refuse_combinations(rule, node)
@@ -102,6 +133,8 @@ def _refuse_combinations(rule: Rule, node: Node) -> None:
         node.fail(f"gather: true needs rule: column, is {rule.kind}", hint="a row layer ends in a sum by itself")
     if rule.kind == "replicate" and not rule.gather and (chosen or rule.uneven):
         node.fail(f"{', '.join(chosen or ['uneven'])} without effect: a replicated layer is not cut")
+    if rule.experts is not None and "e" in rule.dims:
+        node.fail("experts and the letter e in dims exclude one another", hint="experts: one module each; e: stacked")
     if rule.pad is not None and rule.uneven:
         node.fail("pad and uneven exclude one another", hint="pad makes the ranks equal")
 

@@ -58,8 +58,14 @@ RULE_PROPERTIES: Schema = {
     },
     "uneven": {"description": "Ranks may get one unit more than others, the first ones first.", "type": "boolean"},
     "pad": {"description": "Pad the axis with zeros to a multiple of so many cells on each rank.", **EXPRESSION},
+    "experts": {
+        "description": "The layer stands once for each of so many experts; the last number in its name says which one.",
+        **EXPRESSION,
+    },
 }
 
+_KEY: Schema = {"minLength": 1, "maxLength": patterns.MAX_LENGTH, "pattern": r"^[^\[\]?!\\]*$"}
+_KEYS: Schema = {"anyOf": [{"type": "string", **_KEY}, {"type": "array", "items": {"type": "string", **_KEY}}]}
 _SCALAR: Schema = {"type": ["string", "integer", "boolean"]}
 POLICY_PROPERTIES: Schema = {
     "name": {
@@ -89,11 +95,30 @@ POLICY_PROPERTIES: Schema = {
         "replicate.",
         "enum": ["error", "replicate"],
     },
+    "stages": {
+        "description": "For --pp: how layers are numbered, and what goes with the first and the last of them.",
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["layers"],
+        "properties": {
+            "layers": {"description": "The path before a layer's number.", **_KEYS},
+            "first": {"description": "What the first stage has besides.", **_KEYS},
+            "last": {"description": "What the last stage has besides.", **_KEYS},
+            "every": {"description": "What every stage has.", **_KEYS},
+            "tied": {
+                "description": "What the last stage needs as well where no tensor meets the key on the right.",
+                "type": "object",
+                "maxProperties": 1,
+                "propertyNames": _KEY,
+                "additionalProperties": _KEYS,
+            },
+        },
+    },
     "rules": {
         "description": "Layers or tensors, by the tail of their names at a dot (* within a segment, ** any segments, "
         "{a,b} either), and what is done with them.",
         "type": "object",
-        "propertyNames": {"minLength": 1, "maxLength": patterns.MAX_LENGTH, "pattern": r"^[^\[\]?!\\]*$"},
+        "propertyNames": _KEY,
         "additionalProperties": {"$ref": "#/$defs/rule"},
     },
 }

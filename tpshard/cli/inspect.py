@@ -11,9 +11,10 @@ from tpshard.checkpoint import Checkpoint, Stored, open_checkpoint
 from tpshard.cli import options, render
 from tpshard.errors import UsageError, printable
 from tpshard.header import byte_count
-from tpshard.layout import Layout
-from tpshard.manifest import layout_as_data
+from tpshard.layout import Layout, Shard
+from tpshard.manifest import Manifest, layout_as_data
 from tpshard.patterns import PatternError, parse_patterns
+from tpshard.policy_check import in_runs
 
 
 @click.command()
@@ -64,18 +65,27 @@ def _as_text(checkpoint: Checkpoint, tensors: list[Stored]) -> str:
     ]
     total = render.size(sum(byte_count(t.dtype, t.shape) for t in tensors))
     policy = f", policy {checkpoint.manifest.policy}" if checkpoint.manifest else ""
-    kind = f"{checkpoint.ranks} ranks{policy}" if checkpoint.manifest else "full checkpoint"
+    kind = f"{_ranks(checkpoint.manifest)}{policy}" if checkpoint.manifest else "full checkpoint"
     return f"{render.table([head, *rows], right=frozenset({3}))}\n\n{len(tensors)} tensors, {total}; {kind}"
+
+
+def _ranks(manifest: Manifest) -> str:
+    mesh = manifest.mesh
+    grid = f" ({mesh.pp} stages of {mesh.ep} groups of {mesh.tp})" if mesh.is_grid else ""
+    return f"{mesh.ranks} ranks{grid}"
 
 
 def _held(tensor: Stored) -> str:
     """Who holds what, in a few words."""
     layout: Layout = tensor.layout
-    if layout.is_replicated:
-        return "whole" if layout.ranks == 1 else f"whole on each of {layout.ranks} ranks"
-    words: list[str] = [tensor.role.rule]
+    holders = [rank for rank, shard in enumerate(layout.shards) if shard is not None]
+    some = "" if len(holders) == layout.ranks else f" on rank{'s' * (len(holders) != 1)} {in_runs(holders)}"
+    shards = [shard for shard in layout.shards if shard is not None]
+    if all(shard == Shard.whole(layout.shape) for shard in shards):
+        return f"whole{some}" if some or layout.ranks == 1 else f"whole on each of {layout.ranks} ranks"
+    words: list[str] = [f"{tensor.role.rule}{some}"]
     for axis in layout.cut_axes:
-        held = ["+".join(f"{a}-{b - 1}" for a, b in s.spans[axis]) or "none" if s else "none" for s in layout.shards]
+        held = ["+".join(f"{a}-{b - 1}" for a, b in shard.spans[axis]) or "none" for shard in shards]
         shown = held if len(held) <= 4 else [*held[:3], f"... {held[-1]}"]
         words.append(f"axis {axis}: {' | '.join(shown)}")
     if layout.padding:
@@ -89,6 +99,7 @@ def _as_json(checkpoint: Checkpoint, tensors: list[Stored]) -> dict[str, Any]:
         "command": "inspect",
         "path": str(checkpoint.folder),
         "ranks": checkpoint.ranks,
+        "mesh": manifest.mesh.as_data() if manifest else None,
         "policy": manifest.policy if manifest else None,
         "files": [{"name": file.name, "size": file.size} for file in checkpoint.files],
         "tensors": [

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 
 from tpshard.digest import ALGORITHMS
+from tpshard.mesh import Grid, Mesh
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -47,6 +49,11 @@ class Size(click.ParamType):  # type: ignore[type-arg]
         return size
 
 
+def counts(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
+    """Whole numbers with commas between them."""
+    return tuple(Count().convert(part, param, ctx) for part in value.split(",")) if value else ()
+
+
 FOLDER = FILE = click.Path(path_type=Path)
 
 quiet = click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors.")
@@ -61,6 +68,27 @@ digest = click.option(
 )
 strict = click.option("--strict", is_flag=True, help="Make warnings errors, e.g. a rule that matches nothing.")
 dry_run = click.option("--dry-run", is_flag=True, help="Print the plan; write nothing.")
+
+
+_GRID = (
+    tp,
+    click.option("--ep", type=Count(), default=1, metavar="N", help="Groups of --tp ranks, each with its own experts."),
+    click.option("--pp", type=Count(), default=1, metavar="N", help="Pipeline stages, each with its own layers."),
+    click.option("--expert-parallel", is_flag=True, help="Deal whole experts to the --tp ranks; cut none."),
+    click.option("--stages", callback=counts, default="", metavar="N,...", help="Layers of each stage, not balanced."),
+)
+
+
+def grid(function: Function) -> Function:
+    """The options that say for which ranks; the function gets them as one ``grid``."""
+
+    @functools.wraps(function)
+    def with_grid(
+        *args: Any, tp: int, ep: int, pp: int, expert_parallel: bool, stages: tuple[int, ...], **kwargs: Any
+    ) -> Any:
+        return function(*args, grid=Grid(Mesh(tp=tp, ep=ep, pp=pp), expert_parallel, stages), **kwargs)
+
+    return apply(*_GRID)(cast(Function, with_grid))
 
 
 def apply(*options: Callable[[Function], Function]) -> Callable[[Function], Function]:

@@ -19,11 +19,6 @@ from tpshard.policy_schema import policy_schema
 from tpshard.quantised import read_quantised
 
 
-def _counts(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
-    """Rank counts with commas between them."""
-    return tuple(options.Count().convert(part, param, ctx) for part in value.split(",")) if value else ()
-
-
 @click.group()
 def policy() -> None:
     """List, show and check policies: which axis of which layer is cut, and in what units.
@@ -79,7 +74,9 @@ def show(name: str, as_json: bool) -> None:
 @policy.command()
 @click.argument("wanted", metavar="POLICY")
 @click.argument("folder", metavar="CHECKPOINT", type=options.FOLDER)
-@click.option("--tp", "ranks", callback=_counts, default="", metavar="N,...", help="Rank counts that have to work.")
+@click.option(
+    "--tp", "ranks", callback=options.counts, default="", metavar="N,...", help="Rank counts that have to work."
+)
 @options.apply(options.strict, options.as_json)
 def check(wanted: str, folder: Path, ranks: tuple[int, ...], strict: bool, as_json: bool) -> int:
     """Say whether a policy fits a checkpoint.

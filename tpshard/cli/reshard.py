@@ -9,19 +9,20 @@ import click
 from tpshard.cli import options
 from tpshard.cli.carry_out import Manner, carry_out
 from tpshard.convert import Options, plan_reshard
+from tpshard.mesh import Grid
 
 
 @click.command()
 @click.argument("source", metavar="SRC", type=options.FOLDER)
 @click.argument("target", metavar="DST", type=options.FOLDER)
-@options.tp
+@options.grid
 @click.option("--policy", metavar="P", help="auto, a name or a YAML file; default: the policy SRC was cut with.")
 @options.apply(options.max_shard_size, options.workers, options.strict, options.dry_run)
 @options.apply(options.as_json, options.quiet)
 def reshard(
     source: Path,
     target: Path,
-    tp: int,
+    grid: Grid,
     policy: str | None,
     max_shard_size: int | None,
     workers: int | None,
@@ -38,5 +39,5 @@ def reshard(
     tpshard reshard llama-8b-tp8 llama-8b-tp4 --tp 4
     """
     chosen = Options(max_shard_size=max_shard_size, workers=workers or 0)
-    conversion = plan_reshard(source, target, tp, policy, chosen)
+    conversion = plan_reshard(source, target, grid, policy, chosen)
     carry_out("reshard", conversion, chosen, Manner(quiet, as_json, strict, dry_run))

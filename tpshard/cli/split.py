@@ -9,19 +9,20 @@ import click
 from tpshard.cli import options
 from tpshard.cli.carry_out import Manner, carry_out
 from tpshard.convert import Options, plan_split
+from tpshard.mesh import Grid
 
 
 @click.command()
 @click.argument("source", metavar="SRC", type=options.FOLDER)
 @click.argument("target", metavar="DST", type=options.FOLDER)
-@options.tp
+@options.grid
 @click.option("--policy", default="auto", show_default=True, metavar="P", help="auto, a built-in name, or a YAML file.")
 @options.apply(options.max_shard_size, options.digest, options.workers, options.strict, options.dry_run)
 @options.apply(options.as_json, options.quiet)
 def split(
     source: Path,
     target: Path,
-    tp: int,
+    grid: Grid,
     policy: str,
     max_shard_size: int | None,
     digest: str,
@@ -41,5 +42,5 @@ def split(
     tpshard split my-model shards --tp 2 --policy my-policy.yaml --max-shard-size 2GB
     """
     chosen = Options(max_shard_size=max_shard_size, digest=digest, workers=workers or 0)
-    conversion = plan_split(source, target, tp, policy, chosen)
+    conversion = plan_split(source, target, grid, policy, chosen)
     carry_out("split", conversion, chosen, Manner(quiet, as_json, strict, dry_run))

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tpshard.checkpoint import Stored
-from tpshard.verify.families import Sizes, Slot
+from tpshard.verify.families import Sizes
+from tpshard.verify.slots import Slot
 
 Index = NDArray[np.int64]
 

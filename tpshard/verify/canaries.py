@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,16 +93,18 @@ class _Planter:
 
     def reversed_ranks(self) -> Iterator[Plant]:
         for name, axis in self._cut("row"):
-            if name not in self.tables:
-                yield self._from_other(name, axis, lambda rank: self.weights.ranks - 1 - rank)
+            ranks = self._holders(name)
+            if name not in self.tables and len(ranks) > 1:
+                yield self._from_other(name, axis, dict(zip(ranks, reversed(ranks), strict=True)))
 
     def wrong_replicas(self) -> Iterator[Plant]:
         """The first rank has the last rank's."""
         for name, axis in self._cut("column"):
             shared = {len(ranks) for _, ranks in self.weights.layout(name).owners(axis)}
-            first, last = (owned_index(self.weights, name, rank, axis).tolist() for rank in (0, self.weights.ranks - 1))
+            ranks = self._holders(name)
+            first, last = (owned_index(self.weights, name, rank, axis).tolist() for rank in (ranks[0], ranks[-1]))
             if max(shared) > 1 and first != last:
-                yield self._from_other(name, axis, lambda rank: self.weights.ranks - 1 if rank == 0 else rank)
+                yield self._from_other(name, axis, {ranks[0]: ranks[-1]})
 
     def shifted_words(self) -> Iterator[Plant]:
         for name in self.names:
@@ -118,6 +120,9 @@ class _Planter:
             if self.weights.role(name).rule == rule and len(layout.shape) >= 2 and len(layout.cut_axes) == 1:
                 yield name, layout.cut_axes[0]
 
+    def _holders(self, name: str) -> list[int]:
+        return [rank for rank, shard in enumerate(self.weights.layout(name).shards) if shard is not None]
+
     def _unit(self, name: str, axis: int) -> int:
         """The largest run that no rank's edge falls into."""
         shards = self.weights.layout(name).shards
@@ -127,21 +132,22 @@ class _Planter:
         return self.weights.layout(name).shape[self.weights.layout(name).cut_axes[0]]
 
     def _exchange(self, name: str, axis: int, unit: int) -> Iterator[Plant]:
-        first = owned_index(self.weights, name, 0, axis)[:unit].numpy()
-        last = owned_index(self.weights, name, self.weights.ranks - 1, axis)[-unit:].numpy()
+        ranks = self._holders(name)
+        first = owned_index(self.weights, name, ranks[0], axis)[:unit].numpy()
+        last = owned_index(self.weights, name, ranks[-1], axis)[-unit:].numpy()
         if len(first) == len(last) == unit and not set(first.tolist()) & set(last.tolist()):
             order = np.arange(self.weights.layout(name).shape[axis])
             order[first], order[last] = last, first
             yield _moved(name, axis, lambda _, index: order[index])
 
-    def _from_other(self, name: str, axis: int, other: Callable[[int], int]) -> Plant:
-        """Each rank has what another should have, as far as that goes."""
+    def _from_other(self, name: str, axis: int, other: Mapping[int, int]) -> Plant:
+        """Ranks have what another should have, as far as that goes."""
         own = [owned_index(self.weights, name, rank, axis).numpy() for rank in range(self.weights.ranks)]
 
         def moved(rank: int, index: Index) -> Index:
             places = np.argsort(own[rank])
             at = places[np.searchsorted(own[rank], index, sorter=places)]
-            theirs = own[other(rank)]
+            theirs = own[other.get(rank, rank)]
             return theirs[np.minimum(at, len(theirs) - 1)] if len(theirs) else index
 
         return _moved(name, axis, moved)

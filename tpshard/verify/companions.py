@@ -5,7 +5,7 @@ What each stored cell stands for is worked out cell by cell here, in the other d
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -13,9 +13,11 @@ import numpy as np
 from tpshard.checkpoint import Checkpoint, Stored
 from tpshard.companions import Companion, Quantised, Weight, multiplied
 from tpshard.errors import InputError
+from tpshard.layout import Layout
 from tpshard.quantised import read_quantised
 from tpshard.verify.axes import held
-from tpshard.verify.layout import check_layout
+from tpshard.verify.folding import fold, fold_stages
+from tpshard.verify.grid_layout import check_layout_of_grid
 from tpshard.verify.report import CheckResult, Finding
 from tpshard.verify.weights import same_tensors
 
@@ -36,14 +38,28 @@ def check_quantised_layout(shards: Checkpoint, quantised: Quantised | InputError
     if isinstance(quantised, InputError):
         return CheckResult("layout", unproven=str(quantised))
     if not quantised.weights:
-        return check_layout(shards)
+        return check_layout_of_grid(shards)
     astray: list[Finding] = []
     for weight in quantised.weights.values():
         astray += _astray(weight, shards)
     dense = _as_dense(shards, quantised)
-    result = check_layout(dense, sorted({*quantised.together().values()} - {1}))
+    result = check_layout_of_grid(dense, sorted({*quantised.together().values()} - {1}))
     note = f"{len(quantised.weights)} quantised weights ({quantised.method}), each with its companions"
     return replace(result, findings=(*astray, *result.findings), notes=(*result.notes, note))
+
+
+def fold_quantised(shards: Checkpoint, quantised: Quantised) -> tuple[Checkpoint, Mapping[str, Layout]]:
+    """A grid as the model checks run it, and the layouts of quantised weights in it: which copies count is decided by
+    weights; their companions are all kept."""
+    if not quantised.weights:
+        return fold(shards), {}
+    dense, stored = fold(_as_dense(shards, quantised)), fold_stages(shards)
+    layouts = {name: dense.tensors[name].layout for name in quantised.weights}
+    return replace(stored, tensors={**stored.tensors, **_others(dense, layouts)}), layouts
+
+
+def _others(dense: Checkpoint, weights: Mapping[str, Layout]) -> dict[str, Stored]:
+    return {name: tensor for name, tensor in dense.tensors.items() if name not in weights}
 
 
 def _as_dense(shards: Checkpoint, quantised: Quantised) -> Checkpoint:

@@ -20,8 +20,9 @@ import numpy as np
 from tpshard.checkpoint import Checkpoint, Stored
 from tpshard.verify.axes import Index, Part, held, parts_of
 from tpshard.verify.differences import describe_difference
-from tpshard.verify.families import FAMILIES, Sizes, Slot, sizes_of, slot_of
+from tpshard.verify.families import FAMILIES, Sizes, sizes_of
 from tpshard.verify.report import CheckResult, Finding
+from tpshard.verify.slots import Slot, slot_of
 from tpshard.verify.ties import check_ties
 
 _OF_ATTENTION = frozenset({"query", "key_value", "qkv", "kv"})

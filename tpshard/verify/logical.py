@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tpshard.companions import Companion, Quantised, Weight, multiplied
+from tpshard.companions import Companion, Quantised, Weight
 from tpshard.errors import InconclusiveError, printable
 from tpshard.header import DTYPE_BITS
 from tpshard.layout import Box, Layout
@@ -25,9 +25,9 @@ KEPT_ONE = 2**26
 REMARK = "quantised weights run dequantised; whether an engine rounds what it multiplies them by is not looked at"
 
 
-def logical(weights: Weights, quantised: Quantised) -> Weights:
-    """The weights as the model has them; the same where nothing is quantised."""
-    return LogicalWeights(weights, quantised) if quantised.weights else weights
+def logical(weights: Weights, quantised: Quantised, layouts: Mapping[str, Layout]) -> Weights:
+    """The weights as the model has them; the same where nothing is quantised. ``layouts``: of the quantised ones."""
+    return LogicalWeights(weights, quantised, layouts) if quantised.weights else weights
 
 
 def with_remark(results: Iterable[CheckResult], quantised: Quantised) -> Iterator[CheckResult]:
@@ -41,14 +41,13 @@ class LogicalWeights:
     """``dtype`` of a quantised weight is the one in which the model computes. A rank's numbers are made of that rank's
     packed bytes and scales alone, so that a wrong scale shows as a wrong weight."""
 
-    def __init__(self, weights: Weights, quantised: Quantised) -> None:
-        self._weights, self._quantised = weights, quantised
+    def __init__(self, weights: Weights, quantised: Quantised, layouts: Mapping[str, Layout]) -> None:
+        self._weights, self._quantised, self._layouts = weights, quantised, layouts
         self.ranks = weights.ranks
         self.names = tuple(quantised.names(weights.names))
         self.config: Mapping[str, Any] = weights.config
         self.folder: Path = weights.folder
         self._dtype = _computed_in(weights.config)
-        self._layouts: dict[str, Layout] = {}
         self._kept: OrderedDict[tuple[str, int], torch.Tensor] = OrderedDict()
         self._size = 0
 
@@ -56,12 +55,7 @@ class LogicalWeights:
         return self._dtype if name in self._quantised.weights else self._weights.dtype(name)
 
     def layout(self, name: str) -> Layout:
-        weight = self._quantised.weights.get(name)
-        if weight is None:
-            return self._weights.layout(name)
-        if name not in self._layouts:
-            self._layouts[name] = multiplied(self._weights.layout(weight.stored(weight.form.numbers)), weight.form)
-        return self._layouts[name]
+        return self._layouts[name] if name in self._layouts else self._weights.layout(name)
 
     def role(self, name: str) -> Role:
         weight = self._quantised.weights.get(name)

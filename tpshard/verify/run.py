@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from tpshard.checkpoint import Checkpoint, open_full
 from tpshard.companions import Quantised
 from tpshard.errors import InputError, UsageError
-from tpshard.verify.companions import check_quantised_layout, quantised_in
+from tpshard.verify.companions import check_quantised_layout, fold_quantised, quantised_in
 from tpshard.verify.files import check_files, default_workers
 from tpshard.verify.report import CheckResult, Report, timed
 from tpshard.verify.request import Request
@@ -63,8 +63,9 @@ def _model_checks(
     from tpshard.verify.values import StoredWeights
 
     wanted = ModelRequest(request.factory, request.backward, request.isolate, request.device)
-    with StoredWeights(shards, source) as weights:
-        yield from with_remark(check_model(logical(weights, quantised), wanted), quantised)
+    folded, layouts = fold_quantised(shards, quantised)
+    with StoredWeights(folded, source) as weights:
+        yield from with_remark(check_model(logical(weights, quantised, layouts), wanted), quantised)
     for checkpoint in (shards, source) if source else (shards,):
         checkpoint.check_unchanged()
 

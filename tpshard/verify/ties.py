@@ -8,8 +8,9 @@ import numpy as np
 
 from tpshard.checkpoint import Checkpoint, Stored
 from tpshard.verify.axes import held
-from tpshard.verify.families import Slot, are_tied, slot_of
+from tpshard.verify.families import are_tied
 from tpshard.verify.report import Finding
+from tpshard.verify.slots import Slot, slot_of
 
 _PREDICTS_WORDS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM")  # endings of classes that have an output head
 

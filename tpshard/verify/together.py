@@ -9,7 +9,7 @@ from tpshard.checkpoint import Checkpoint, open_full, open_shards
 from tpshard.companions import Quantised
 from tpshard.errors import InputError, UsageError
 from tpshard.manifest_parsing import read_manifest
-from tpshard.verify.companions import check_quantised_layout, quantised_in
+from tpshard.verify.companions import check_quantised_layout, fold_quantised, quantised_in
 from tpshard.verify.files import check_files, default_workers
 from tpshard.verify.logical import logical, with_remark
 from tpshard.verify.model_checks import ModelRequest, check_model
@@ -61,7 +61,10 @@ def _checks(request: Request, group: Group) -> Iterator[CheckResult]:
 
 
 def _same_number(request: Request, group: Group) -> None:
-    ranks = read_manifest(request.folder).ranks
+    mesh = read_manifest(request.folder).mesh
+    ranks = mesh.ranks
+    if mesh.pp > 1:
+        raise UsageError(f"{request.folder}: has {mesh.pp} pipeline stages", hint="verify them in one process")
     if ranks != group.size:
         raise UsageError(f"{group.size} processes for {ranks} ranks", hint=f"start {ranks}, or one alone")
 
@@ -92,8 +95,9 @@ def _model_checks(
     wanted = ModelRequest(
         request.factory, request.backward, request.isolate, request.device, new_lock=lambda _: ProcessLockstep(group)
     )
-    with StoredWeights(shards, source) as weights:
-        yield from with_remark(check_model(logical(weights, quantised), wanted), quantised)
+    folded, layouts = fold_quantised(shards, quantised)
+    with StoredWeights(folded, source) as weights:
+        yield from with_remark(check_model(logical(weights, quantised, layouts), wanted), quantised)
     for checkpoint in (shards, source) if source else (shards,):
         group.everywhere(checkpoint.check_unchanged)
 

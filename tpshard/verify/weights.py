@@ -22,6 +22,7 @@ from tpshard.layout import Layout
 from tpshard.plan import plan
 from tpshard.slabs import Bytes, Contact, Rooms, cut_into_slabs
 from tpshard.sources import SourceFiles
+from tpshard.verify.folding import fold
 from tpshard.verify.report import CheckResult, Finding
 
 
@@ -36,7 +37,7 @@ def check_weights(
 
     ``only``: the ranks that are compared, with the source; who has rank 0 compares all that belongs to no rank, too.
     """
-    names = list(shards.tensors)
+    names, counted = list(shards.tensors), fold(shards).tensors
     ranks = range(shards.ranks) if only is None else only
     findings = _name_findings(shards, source) if source and 0 in ranks else []
     common = [name for name in names if source is None or comparable(shards, source, name)]
@@ -44,7 +45,9 @@ def check_weights(
     def compare(name: str) -> list[Finding]:
         with SourceFiles(shards) as own, SourceFiles(source or shards) as other:
             whole = source.tensors[name] if source else shards.tensors[name]
-            found = _Comparison(shards, shards.tensors[name], whole, own, other, ranks).run(source is not None)
+            found = _Comparison(shards, shards.tensors[name], whole, own, other, ranks, counted[name]).run(
+                source is not None
+            )
         held = [shards.tensors[name].layout.shards[rank] for rank in ranks]
         progress(sum(shard.volume for shard in held if shard))
         return found
@@ -109,8 +112,9 @@ class _Comparison:
         own: SourceFiles,
         other: SourceFiles,
         ranks: Collection[int],
+        counted: Stored,
     ) -> None:
-        self.ranks = ranks
+        self.ranks, self.counted = ranks, counted
         assert checkpoint.manifest is not None
         self.tensor, self.whole, self.own, self.other = tensor, whole, own, other
         self.bits = DTYPE_BITS[tensor.dtype]
@@ -127,7 +131,7 @@ class _Comparison:
             transfer = plan(self.whole.layout, self.tensor.layout, self.bits)
         except InputError as error:
             return [Finding(error.message, tensor=self.tensor.name)]
-        general = [*lost, *_row_overlap(self.tensor)] if 0 in self.ranks else []
+        general = [*lost, *_row_overlap(self.counted)] if 0 in self.ranks else []
         hasher = self.new_hasher()
         for slab in cut_into_slabs(transfer, SLAB):
             own = [contact for contact in slab.writes if contact.rank in self.ranks]
@@ -210,13 +214,20 @@ def _hole(layout: Layout) -> str | None:
 
 def _row_overlap(tensor: Stored) -> list[Finding]:
     """Cells of a row-cut tensor that two ranks hold: the sum after the layer would count them twice."""
-    if tensor.role.rule != "row":
-        return []
-    layout: Layout = tensor.layout
-    for axis in layout.cut_axes:
+    message = _overlap(tensor.layout) if tensor.role.rule == "row" else None
+    return [Finding(message, tensor=printable(tensor.name))] if message else []
+
+
+@lru_cache(maxsize=1024)
+def _overlap(layout: Layout) -> str | None:
+    cut = layout.cut_axes
+    for axis in cut if len(cut) == 1 else ():
         for run, ranks in layout.owners(axis):
             if len(ranks) > 1:
                 shown = " and ".join(map(str, ranks[:3]))
-                what = f"{run.start} along axis {axis} is held by ranks {shown}; a row layer adds them up"
-                return [Finding(what, tensor=printable(tensor.name))]
-    return []
+                return f"{run.start} along axis {axis} is held by ranks {shown}; a row layer adds them up"
+    pieces = [(rank, piece.box) for rank, shard in enumerate(layout.shards) if shard for piece in shard.pieces()]
+    for (one, box), (two, other) in itertools.combinations(pieces if len(cut) > 1 else (), 2):
+        if one != two and (common := box.intersect(other)) is not None:
+            return f"{list(common.start)} is held by ranks {one} and {two}; a row layer adds them up"
+    return None
