@@ -8,6 +8,7 @@ make of them that was handed this rank's files and nothing else.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -372,12 +373,17 @@ FORMATS: dict[str, Format] = {
 
 def save(name: str, folder: Path, **changes: Any) -> None:
     """A tiny llama with all weights of its blocks in a format; embedding, head and norms stay as they are."""
+    tiny_models.save_model("llama", folder, **(SIZES | dict(FORMATS[name].sizes) | changes))
+    quantise(name, folder)
+
+
+def quantise(name: str, folder: Path) -> None:
+    """A dense checkpoint's projections and experts, in place."""
     form = FORMATS[name]
-    tiny_models.save_model("llama", folder, **(SIZES | dict(form.sizes) | changes))
     generator = torch.Generator().manual_seed(7)
     tensors: Tensors = {}
     for key, value in load_file(folder / "model.safetensors").items():
-        if "proj." in key and key.endswith(".weight"):
+        if re.search(r"(proj|experts\.\d+\.w\d)\.weight$", key):
             packed = form.pack(value.float(), generator)
             tensors |= {f"{key.removesuffix('weight')}{leaf}": tensor for leaf, tensor in packed.items()}
         else:

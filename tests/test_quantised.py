@@ -12,17 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from tests import quantised_models, tiny_models
-from tests.quantised_models import FORMATS, Tensors, layers_of, nibbles
+from tests.quantised_models import FORMATS, SIZES, Tensors, layers_of, nibbles, quantise
 from tpshard.checkpoint import open_checkpoint, open_full, open_shards
 from tpshard.companions import DENSE, assign_stored
 from tpshard.convert import plan_merge, plan_reshard, plan_split, run
 from tpshard.errors import InputError, PolicyError
 from tpshard.layout import Box, Layout, Span
 from tpshard.library import choose_policy
-from tpshard.mesh import Grid
+from tpshard.mesh import Grid, Mesh
 from tpshard.policy_check import check_policy
 from tpshard.quantised import read_quantised
 from tpshard.verify.companions import check_quantised_layout, fold_quantised
@@ -323,6 +324,49 @@ def test_stacked_experts_in_fp8(tmp_path: Path) -> None:
         torch.testing.assert_close(own["layers.0.experts.up_scale_inv"], scale[:, first // 16 : last // 16])
         torch.testing.assert_close(own["layers.0.down.weight"], tensors["layers.0.down.weight"][:, first:last])
         assert own["layers.0.attn.k_scale"] == 0.5
+
+
+# ---------------------------------------------------------------------------------------------- grids
+
+MIXTRAL = """\
+name: mixtral
+extends: llama
+vars: {E: num_local_experts}
+rules:
+  experts.*.{w1,w3}: {rule: column, experts: E}
+  experts.*.w2: {rule: row, experts: E}
+  block_sparse_moe.gate: replicate
+"""
+GRIDS = {
+    "groups": Grid(Mesh(tp=2, ep=2)),
+    "whole experts": Grid(Mesh(tp=4), whole_experts=True),
+    "stages and groups": Grid(Mesh(tp=2, ep=2, pp=2)),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("fp8 blocks", "groups"),  # 5 blocks of channels for two ranks
+        ("fp8 whole", "stages and groups"),  # an expert's one scale is on its group's ranks alone
+        ("gptq, act-order", "groups"),  # and so are scales that are whole in a layer that is cut
+        ("gptq", "whole experts"),
+    ],
+)
+def test_experts_in_grids(name: str, kind: str, tmp_path: Path) -> None:
+    sizes = SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2, "num_attention_heads": 4}
+    config = transformers.AutoConfig.for_model("mixtral", **(tiny_models.DECODER | sizes))
+    tiny_models.build(config, "MixtralForCausalLM").save_pretrained(tmp_path / "model")
+    quantise(name, tmp_path / "model")
+    (tmp_path / "p.yaml").write_text(MIXTRAL)
+    run(plan_split(tmp_path / "model", tmp_path / "shards", GRIDS[kind], str(tmp_path / "p.yaml")))
+    report = verify(Request(tmp_path / "shards", against=tmp_path / "model", level="forward", workers=1))
+    for check in report.checks:
+        right = check.verdict is Verdict.PASS or (check.name == "layout" and not check.findings)
+        assert right, (check.name, check.unproven, [str(finding) for finding in check.findings])
+    run(plan_merge(tmp_path / "shards", tmp_path / "merged"))
+    for file in (tmp_path / "model").iterdir():
+        assert (tmp_path / "merged" / file.name).read_bytes() == file.read_bytes()
 
 
 # ---------------------------------------------------------------------------------------------- where ranks meet
