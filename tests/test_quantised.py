@@ -15,7 +15,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from tests import quantised_models, tiny_models
+from tests import quantised_models, quantised_table, tiny_models
 from tests.quantised_models import FORMATS, SIZES, Tensors, layers_of, nibbles, quantise
 from tpshard.checkpoint import open_checkpoint, open_full, open_shards
 from tpshard.companions import DENSE, assign_stored
@@ -467,6 +467,18 @@ def test_channels_that_go_together_are_not_replicated(tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match="2 units cannot be dealt to 6 ranks") as caught:
         plan_split(source, tmp_path / "s", 6, str(policy))
     assert caught.value.hint == "--tp that works for this checkpoint: 1, 2; or set uneven: true in the rule"
+
+
+@pytest.mark.parametrize("row", quantised_table.ROWS, ids=lambda row: row.title)
+def test_the_table_of_the_docs_says_the_right_multiples(row: quantised_table.Row, made: Made) -> None:
+    for name in row.formats:
+        weights = read_quantised(open_full(made(name))).weights
+        assert weights[f"{LAYER}mlp.down_proj.weight"].form.multiples == quantised_table.multiples(row)
+
+
+def test_the_table_of_the_docs_has_every_format() -> None:
+    assert sorted(name for row in quantised_table.ROWS for name in row.formats) == sorted(FORMATS)
+    assert {tp for _, tp in CASES} == {*quantised_table.RANKS}
 
 
 # ---------------------------------------------------------------------------------------------- faults in layouts

@@ -97,9 +97,9 @@ def _assignment(
     except PolicyError as error:
         hint = error.hint
         if hint and hint.startswith("--tp that works"):  # of the rule alone
-            works = _works(policy, config, shapes, rules, grains)
-            hint = f"--tp that works for this checkpoint: {works};{hint.rpartition(';')[2]}"
-            hint += "" if hint.endswith("in the rule") else " in the rule"
+            other = "".join(hint.partition(";")[1:])
+            other += "" if not other or other.endswith("in the rule") else " in the rule"
+            hint = f"--tp that works for this checkpoint: {_works(policy, config, shapes, rules, grains)}{other}"
         raise PolicyError(f"{printable(name)}: {error.message}", hint=hint) from None
 
 

@@ -100,8 +100,8 @@ def _check_boundaries(runs: list[tuple[Span, ...]], axis: int, size: int, cut: C
                     f"rank {rank} would have a boundary at {edge} of axis {axis}, inside the quantised block "
                     f"{first} to {min(first + cut.multiple, size)}"
                 )
-                legal = listed(legal_ranks([cut]))
-                raise PolicyError(what, hint=f"--tp that works: {legal}; or set unit: {unit} in the rule")
+                other = "" if size % unit else f"; or set unit: {unit} in the rule"
+                raise PolicyError(what, hint=f"--tp that works: {listed(legal_ranks([cut]))}{other}")
 
 
 def _is_inside(edge: int, size: int, cut: Cut) -> bool:
