@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -110,7 +110,7 @@ def _matmul(input: Any, other: Any) -> Any:
         if other.ndim == 2:
             return product(input, other, 1)
         if other.ndim == 3 and input.ndim == 3 and len(input) == len(other):
-            return torch.stack([product(x, other.select(0, e), 1) for e, x in enumerate(input)])
+            return torch.stack([product(x, cast(BlockTensor, other.select(0, e)), 1) for e, x in enumerate(input)])
     return NotImplemented
 
 
