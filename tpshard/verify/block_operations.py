@@ -69,9 +69,8 @@ class _Lookup(torch.autograd.Function):
 
 
 def _look_up(tokens: torch.Tensor, weight: BlockTensor) -> torch.Tensor:
-    flat = tokens.reshape(-1)
-    y = torch.zeros(*tokens.shape, weight.shape[1], dtype=weight.dtype, device=flat.device)
-    lines = y.view(-1, weight.shape[1])  # y itself goes out: autograd lets nobody change a view of it in place
+    y = torch.zeros(*tokens.shape, weight.shape[1], dtype=weight.dtype, device=tokens.device)
+    flat, lines = tokens.reshape(-1), y.view(-1, weight.shape[1])  # not to be returned: nobody may change a view in place
     for row in sorted(set(flat.tolist())):
         for block in weight.blocks:
             part = block.narrow(0, row, row + 1)
