@@ -84,13 +84,15 @@ table must fail, and a finding must name the right tensor, layer or file.
 
 All {cases} are caught and named. Of {equal} cases that are right or compute the same none raises a false alarm. The test
 suite plants {usual} of them and all that compute the same. A model is written `type@ranks`: six query heads on two
-key-value heads, `/k3` on three; `/h8` eight on two.
+key-value heads, `/k3` on three; `/h8` eight on two; `/gptq` and its like are
+[quantised](quantised.md).
 
 | class | planted | what it is |
 | --- | --- | --- |
 """
 CLASSES = {
     "W": "wrong in a way that can be undone: the rebuilt bytes are right (or nearly all), their meaning is not",
+    "Q": "quantised weights: scales, zero points, packed numbers and indexes that do not belong together",
     "R": "wrong bytes, by accident or with all digests made to agree (resealed)",
     "M": "wrong manifest, folder, policy or source",
     "E": "hidden by real weights that are alike or zero: generic weights show it",
@@ -164,7 +166,18 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
+def quantised_page() -> str:
+    """The page with its table made anew; the rest is written by hand."""
+    from tests.quantised_table import lines
+
+    before, _, rest = (DOCS / "quantised.md").read_text("utf-8").partition(TABLE[0])
+    return f"{before}{TABLE[0]}{chr(10).join(lines())}\n{TABLE[1]}{rest.partition(TABLE[1])[2]}"
+
+
+TABLE = ("<!-- made by python -m tests.docs_pages -->\n", "<!-- end of the table -->\n")
+
 if __name__ == "__main__":
+    (DOCS / "quantised.md").write_text(quantised_page(), "utf-8")
     (DOCS / "cli.md").write_text(cli_page(), "utf-8")
     (DOCS / "errors.md").write_text(errors_page(), "utf-8")
     (DOCS / "faults.md").write_text(faults_page(), "utf-8")

@@ -16,6 +16,7 @@ from string import Template
 
 import numpy as np
 
+from tests import quantised_models
 from tests.planting import (
     Arrays,
     Plant,
@@ -429,6 +430,8 @@ def wrong_groups() -> Iterator[Fault]:
 
 
 def all_faults() -> list[Fault]:
+    from tests.quantised_faults import quantised
+
     return [
         *wrong_layouts(),
         *wrong_groups(),
@@ -436,6 +439,7 @@ def all_faults() -> list[Fault]:
         *wrong_bytes(),
         *wrong_folders(),
         *hidden_by_the_weights(),
+        *quantised(),
     ]
 
 
@@ -555,6 +559,17 @@ def _split_changed(config: dict[str, object], change: Callable[[Arrays], object]
     return attempt
 
 
+def _split_quantised(form: str, rules: str) -> Callable[[Path, Path], object]:
+    """Split a tiny llama with heads of 20 in a format, by the built-in policy but for some rules."""
+
+    def attempt(source: Path, scratch: Path) -> None:
+        quantised_models.save(form, scratch / "model", head_dim=20)
+        (scratch / "own.yaml").write_text("name: own\nextends: llama\nrules:\n  rotary_emb: replicate\n" + rules)
+        plan_split(scratch / "model", scratch / "shards", 2, str(scratch / "own.yaml"))
+
+    return attempt
+
+
 def _without_manifest(source: Path, scratch: Path) -> None:
     split_rightly(source, scratch / "shards", 2)
     (scratch / "shards/tpshard.json").unlink()
@@ -570,8 +585,10 @@ REFUSALS = [
     Refusal("M13", "a key stands twice in the policy", _split_by(WRONG + "  mlp.down_proj: row\n  mlp.down_proj: column\n"), PolicyError, "mlp.down_proj"),
     Refusal("M19", "an unknown key in the policy", _split_by("name: wrong\nextends: llama\nreplicas: 2\n"), PolicyError, "replicas"),
     Refusal("M17", "output without its manifest", _without_manifest, InputError, "tpshard.json"),
-    Refusal("Q04", "quantised, says config.json", _split_changed({"quantization_config": {"quant_method": "gptq"}}, lambda a: None), InputError, "quantised (gptq)"),
-    Refusal("Q01", "quantised, say the tensors' names", _split_changed({}, lambda a: a.update({"model.layers.0.mlp.up_proj.scales": np.ones(4, np.float32)})), InputError, "scales"),
+    Refusal("Q15", "quantised by nobody knows what, says config.json", _split_changed({"quantization_config": {"quant_method": "aqlm"}}, lambda a: None), InputError, "quantised (aqlm)"),
+    Refusal("Q16", "quantised, say the tensors' names alone", _split_changed({}, lambda a: a.update({"model.layers.0.mlp.up_proj.scales": np.ones(4, np.float32)})), InputError, "scales"),
+    Refusal("Q04", "a cut inside a group of inputs (heads of 20, groups of 16)", _split_quantised("compressed int4", ""), PolicyError, "inside the quantised block 32 to 48"),
+    Refusal("Q05", "a cut inside a packed word (heads of 20, words of 8)", _split_quantised("awq", "  self_attn.o_proj: replicate\n"), PolicyError, "inside the quantised block 16 to 24"),
 ]  # fmt: skip
 
 NOT_PLANTED = {
@@ -581,5 +598,5 @@ NOT_PLANTED = {
     "W56 to W60": "need policies for Mamba",
     "W64": "is planted into adapters, which have tests of their own (tests/test_lora.py)",
     "W65": "needs policies for models of text and images",
-    "Q02, Q05 to Q14": "quantised checkpoints are refused by split (Q01, Q04), so there is nothing to plant into",
+    "Q12": "swizzled scales stand in no checkpoint: engines make them when they load",
 }

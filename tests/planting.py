@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from tests import quantised_models
 from tests.architectures import architectures
 from tests.proof import save
 from tests.tampering import NUMPY, Folder, Tensors, read_file, write_file
@@ -48,8 +49,11 @@ def eight_heads(model_type: str) -> dict[str, Any]:
 def make_model(key: str, folder: Path) -> None:
     """``qwen2``, or with a variant: ``/k3`` three key-value heads, for three ranks; ``/h8`` eight query heads, for
     four; ``/zero`` no biases but zeros; ``/equal`` key-value heads that are all alike; ``/buffers`` a mask's scalar;
-    ``/square`` experts with as many channels as hidden cells; ``/six`` six experts."""
+    ``/square`` experts with as many channels as hidden cells; ``/six`` six experts; ``/gptq`` and other formats: quantised."""
     model_type, _, variant = key.partition("/")
+    if variant in quantised_models.FORMATS:
+        quantised_models.save(variant, folder)
+        return
     if model_type not in SIZES:
         (found,) = (one for one in architectures() if one.name == model_type)
         more = {"square": {"intermediate_size": found.sizes.get("hidden_size")}, "six": {"num_local_experts": 6}}

@@ -12,7 +12,10 @@ from typing import Any
 import numpy as np
 import xxhash
 
-NUMPY = {"F16": np.float16, "F32": np.float32, "F64": np.float64, "I64": np.int64}
+NUMPY: dict[str, Any] = {
+    "F16": np.float16, "F32": np.float32, "F64": np.float64, "I64": np.int64, "I32": np.int32, "U8": np.uint8,
+    "F8_E4M3": np.dtype("V1"), "BF16": np.dtype("V2"),
+}  # fmt: skip
 Tensors = dict[str, tuple[str, list[int], bytes]]  # name → dtype, shape, data
 
 

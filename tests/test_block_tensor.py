@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 
 from tpshard.errors import InconclusiveError
 from tpshard.layout import Box
-from tpshard.verify import block_operations, blocks
+from tpshard.verify import block_operations, block_products, blocks
 from tpshard.verify.block_tensor import RECENT, BlockTensor, Context, Tape
 from tpshard.verify.blocks import Block
 
 Function = Callable[..., Any]
-assert block_operations  # BlockTensor learns to multiply
+assert block_operations  # BlockTensor learns its views
+assert block_products  # and to multiply
 
 
 @dataclass

@@ -586,7 +586,7 @@ def test_ranks_that_cannot_be(source: Path, policy: str, tmp_path: Path, tp: int
 def test_quantised_checkpoints(source: Path, policy: str, tmp_path: Path) -> None:
     (source / "config.json").write_text(json.dumps(config(quantization_config={"quant_method": "gptq"})))
     message = refused(lambda: split(source, tmp_path / "s", 3, policy), InputError, tmp_path / "s")
-    assert "is quantised (gptq); only dense checkpoints are cut (dequantise it first)" in message
+    assert "config.json says gptq, but no tensor is quantised (take its quantization_config away" in message
 
 
 def test_unknown_digest(source: Path, policy: str, tmp_path: Path) -> None:

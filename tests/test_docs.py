@@ -26,6 +26,8 @@ def test_sessions_print_what_the_page_shows(page: Path, tmp_path: Path) -> None:
 def test_generated_pages_are_fresh() -> None:
     assert (ROOT / "docs/cli.md").read_text("utf-8") == docs_pages.cli_page(), "run: python -m tests.docs_pages"
     assert (ROOT / "docs/errors.md").read_text("utf-8") == docs_pages.errors_page(), "run: python -m tests.docs_pages"
+    page = docs_pages.quantised_page()
+    assert (ROOT / "docs/quantised.md").read_text("utf-8") == page, "run: python -m tests.docs_pages"
     assert (ROOT / "docs/faults.md").read_text("utf-8") == docs_pages.faults_page(), "run: python -m tests.docs_pages"
 
 

@@ -14,7 +14,7 @@ from tpshard import folder as folder_module
 from tpshard.checkpoint import open_checkpoint, open_full
 from tpshard.errors import InputError, StorageError, TpshardError
 from tpshard.folder import carried_files, find_weights, is_bare_name, natural_order, read_config, read_json
-from tpshard.quantised import refuse_quantised
+from tpshard.quantised import read_quantised
 
 ONE = {"a": tensor("F32", (3,))}
 INDEX = "model.safetensors.index.json"
@@ -347,26 +347,37 @@ def test_names_that_no_manifest_can_record(tmp_path: Path, name: bytes) -> None:
     "name",
     ["l.qweight", "l.weight_scale", "l.weight_scale_inv", "l.SCB", "l.weight_packed", "experts.down_proj_blocks"],
 )
-def test_companions_of_quantised_weights(tmp_path: Path, name: str) -> None:
+def test_companions_of_quantised_weights_without_settings(tmp_path: Path, name: str) -> None:
     save(tmp_path / "model.safetensors", {**ONE, name: Tensor("U8", (1,), b"1")})
-    with pytest.raises(InputError, match=rf"{name} belongs to a quantised weight \(dequantise it first\)"):
-        refuse_quantised(open_full(tmp_path))
+    with pytest.raises(InputError, match=rf"{name} belongs to a quantised weight, but nothing says how \(put its"):
+        read_quantised(open_full(tmp_path))
 
 
 @pytest.mark.parametrize(
-    ("quantisation", "shown"),
-    [({"quant_method": "awq"}, "awq"), ({}, "unknown"), ({"quant_method": "a\x1b[31m"}, r"a\x1b[31m"), ("fp8", "fp8")],
+    ("quantisation", "said"),
+    [
+        ({"quant_method": "awq"}, "config.json says awq, but no tensor is quantised"),
+        ({"bits": 4}, "is quantised (unknown): this method is not known"),
+        ({"quant_method": "a\x1b[31m"}, r"is quantised (a\x1b[31m): this method is not known"),
+        ({"load_in_4bit": True}, "is quantised (bitsandbytes, 4 bits): 4-bit weights are one line of packed numbers"),
+        ("fp8", "is quantised (fp8): quantization_config is not an object"),
+    ],
 )
-def test_quantisation_in_config_json(tmp_path: Path, quantisation: object, shown: str) -> None:
+def test_quantisation_in_config_json(tmp_path: Path, quantisation: object, said: str) -> None:
     save(tmp_path / "model.safetensors", ONE)
-    write(tmp_path, "config.json", config(quantization_config=quantisation))
-    with pytest.raises(InputError) as caught:
-        refuse_quantised(open_full(tmp_path))
-    assert f"is quantised ({shown}); only dense checkpoints are cut" in str(caught.value)
+    for text in (
+        config(quantization_config=quantisation),
+        {**config(), "text_config": {"quantization_config": quantisation}},
+    ):
+        write(tmp_path, "config.json", text)
+        with pytest.raises(InputError) as caught:
+            read_quantised(open_full(tmp_path))
+        assert said in str(caught.value)
 
 
 def test_dense_checkpoints_are_not_quantised(source: Path) -> None:
-    refuse_quantised(open_checkpoint(source))
+    assert not read_quantised(open_checkpoint(source)).weights
     text = json.loads((source / "config.json").read_text())
-    write(source, "config.json", {**text, "quantization_config": None})
-    refuse_quantised(open_checkpoint(source))
+    for nothing in (None, {}):
+        write(source, "config.json", {**text, "quantization_config": nothing})
+        assert not read_quantised(open_checkpoint(source)).weights

@@ -20,15 +20,17 @@ FLOORS: list[tuple[str, ...]] = [
     ("stages", "header", "partition", "folder", "manifest", "manifest_parsing", "adapter"),
     ("policy", "policy_parsing", "library", "policy_schema", "assignment", "checkpoint", "adapter_layout"),
     ("adapter_folder",),
-    ("grid", "policy_check", "quantised", "plan", "slabs"),
+    ("grid", "companions", "policy_check", "plan", "slabs"),
     ("policy_names", "policy_heads", "policy_layers", "policy_ways", "policy_draft"),
     ("policy_text", "policy_search", "policy_init"),
-    ("staging", "sources", "outputs", "execute", "carrying", "convert", "summary", "demo"),
+    ("staging", "sources", "quantised_layer", "quantised_packed", "quantised_formats", "quantised"),
+    ("outputs", "execute", "carrying", "convert", "summary", "demo"),
     ("verify.report", "verify.slots", *FAMILIES, "verify.families.__init__"),
     ("verify.axes", "verify.differences", "verify.ties", "verify.siblings", "verify.layout", "verify.grid_layout"),
     ("verify.adapter_layout_check",),
-    ("verify.folding", "verify.files", "verify.weights", "verify.request"),
-    ("verify.values", "verify.blocks", "verify.block_tensor", "verify.block_operations", "verify.generic"),
+    ("verify.folding", "verify.files", "verify.weights", "verify.companions", "verify.request"),
+    ("verify.values", "verify.dequantise", "verify.logical"),
+    ("verify.blocks", "verify.block_tensor", "verify.block_products", "verify.block_operations", "verify.generic"),
     ("verify.adapter_weights",),
     ("verify.inputs", "verify.models", "verify.factory_model", "verify.placement", "verify.gradients"),
     (
@@ -56,7 +58,7 @@ ORDER = {module: place for place, module in enumerate(module for floor in FLOORS
 WITH_TORCH = {name for name in ORDER if name.startswith("verify.")} - {
     "verify.report", "verify.slots", *FAMILIES, "verify.families.__init__",
     "verify.axes", "verify.differences", "verify.ties", "verify.siblings", "verify.layout", "verify.grid_layout",
-    "verify.folding", "verify.adapter_layout_check",
+    "verify.folding", "verify.companions", "verify.adapter_layout_check",
     "verify.files", "verify.weights", "verify.request", "verify.run", "verify.__init__", "verify.smaller",
 }  # fmt: skip
 

@@ -20,7 +20,7 @@ from tests.in_memory import Cut, InMemory, evenly, random_state, subject_of
 from tests.tiny_models import save_model
 from tpshard.convert import plan_split, run
 from tpshard.layout import Box
-from tpshard.verify import block_operations, record, sensitivity
+from tpshard.verify import block_products, record, sensitivity
 from tpshard.verify.canaries import canaries
 from tpshard.verify.execution import Subject, Way, execute
 from tpshard.verify.forward import generic_result
@@ -340,9 +340,9 @@ def test_one_fault_that_is_not_seen_is_enough(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_rounding_that_is_too_large_is_inconclusive(monkeypatch: pytest.MonkeyPatch) -> None:
-    exact = block_operations._in_other_order
+    exact = block_products._in_other_order
     some, weights = attending(monkeypatch)
-    monkeypatch.setattr(block_operations, "_in_other_order", lambda x, v: exact(x.float(), v.float()).double())
+    monkeypatch.setattr(block_products, "_in_other_order", lambda x, v: exact(x.float(), v.float()).double())
     result = proof(some, weights)
     assert result.verdict is Verdict.INCONCLUSIVE
     assert "another summation order alone makes an error of" in str(result.reason)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from tpshard.document import did_you_mean
 from tpshard.errors import PolicyError, UsageError, printable
 from tpshard.layout import Layout, Shape
-from tpshard.partition import legal_ranks
+from tpshard.partition import ANY, Grain, legal_ranks
 from tpshard.policy import Policy, Rule, rule_cut, rule_layout
 from tpshard.roles import Role
 
@@ -32,8 +32,18 @@ class Assigned:
     unused: tuple[Rule, ...]
 
 
-def assign(policy: Policy, config: Mapping[str, Any], shapes: Mapping[str, Shape], ranks: int) -> Assigned:
-    """The layout and role of every tensor at ``ranks`` ranks.
+Rules = Mapping[str, Rule | None]
+
+
+def assign(
+    policy: Policy,
+    config: Mapping[str, Any],
+    shapes: Mapping[str, Shape],
+    ranks: int,
+    grains_of: Callable[[Rules], Mapping[str, Grain]] = lambda rules: {},
+) -> Assigned:
+    """The layout and role of every tensor at ``ranks`` ranks. ``grains_of``: what quantisation asks of the tensors
+    that have met these rules.
 
     Raises PolicyError: tensors without a rule (all of them counted), two rules for one tensor, units that do not go
     into the ranks (with the rank counts that work for the whole checkpoint).
@@ -41,14 +51,15 @@ def assign(policy: Policy, config: Mapping[str, Any], shapes: Mapping[str, Shape
     if not 1 <= ranks <= MAX_RANKS:
         raise UsageError(f"--tp must be from 1 to {MAX_RANKS}, is {ranks}")
     rules = match_all(policy, shapes)
-    cached: dict[tuple[int, Shape], Assignment] = {}
+    grains = grains_of(rules)
+    cached: dict[tuple[int, Shape, Grain], Assignment] = {}
     layouts: dict[Layout, Layout] = {}  # equal ones made one: comparing them again and again takes time
     found: dict[str, Assignment] = {}
     for name, shape in shapes.items():
         rule = rules[name]
-        key = id(rule), shape
+        key = id(rule), shape, grains.get(name, ANY)
         if key not in cached:
-            made = _assignment(rule, policy, config, name, shapes, rules, ranks)
+            made = _assignment(rule, policy, config, name, shapes, rules, ranks, grains)
             cached[key] = Assignment(layouts.setdefault(made.layout, made.layout), made.role)
         found[name] = cached[key]
     met = {id(rule) for rule in rules.values()}
@@ -74,25 +85,33 @@ def _assignment(
     config: Mapping[str, Any],
     name: str,
     shapes: Mapping[str, Shape],
-    rules: Mapping[str, Rule | None],
+    rules: Rules,
     ranks: int,
+    grains: Mapping[str, Grain],
 ) -> Assignment:
     shape = shapes[name]
     if rule is None:
         return Assignment(Layout.replicated(shape, ranks), Role("replicate", pattern="default"))
     try:
-        return Assignment(rule_layout(rule, policy, config, shape, ranks), rule.role)
+        return Assignment(rule_layout(rule, policy, config, shape, ranks, grains.get(name, ANY)), rule.role)
     except PolicyError as error:
-        hint = _works(policy, config, shapes, rules) if "cannot be dealt" in error.message else error.hint
+        hint = error.hint
+        if hint and hint.startswith("--tp that works"):  # of the rule alone
+            other = "".join(hint.partition(";")[1:])
+            other += "" if not other or other.endswith("in the rule") else " in the rule"
+            hint = f"--tp that works for this checkpoint: {_works(policy, config, shapes, rules, grains)}{other}"
         raise PolicyError(f"{printable(name)}: {error.message}", hint=hint) from None
 
 
 def _works(
-    policy: Policy, config: Mapping[str, Any], shapes: Mapping[str, Shape], rules: Mapping[str, Rule | None]
+    policy: Policy,
+    config: Mapping[str, Any],
+    shapes: Mapping[str, Shape],
+    rules: Rules,
+    grains: Mapping[str, Grain],
 ) -> str:
-    """The rank counts at which the whole checkpoint can be cut, as a hint."""
-    distinct = {(rule, shapes[name]) for name, rule in rules.items() if rule is not None}
-    cuts = [found[1] for rule, shape in distinct if (found := rule_cut(rule, policy, config, shape))]
+    """The rank counts at which the whole checkpoint can be cut, for a hint."""
+    distinct = {(rule, shapes[name], grains.get(name, ANY)) for name, rule in rules.items() if rule is not None}
+    cuts = [found[1] for rule, shape, grain in distinct if (found := rule_cut(rule, policy, config, shape, grain))]
     legal = legal_ranks(cuts)
-    shown = ", ".join(map(str, legal[:16])) + (", …" if len(legal) > 16 else "")
-    return f"--tp that works for this checkpoint: {shown}; or set uneven: true in the rule"
+    return ", ".join(map(str, legal[:16])) + (", …" if len(legal) > 16 else "")

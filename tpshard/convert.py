@@ -14,10 +14,10 @@ from tpshard.adapter_folder import OF_THE_BASE, AskNames, Base, assign_by_base, 
 from tpshard.assignment import Assigned
 from tpshard.carrying import carry, written_beside
 from tpshard.checkpoint import Checkpoint, open_full, open_shards
+from tpshard.companions import assign_stored
 from tpshard.errors import UsageError
 from tpshard.execute import Written, execute
 from tpshard.folder import MANIFEST_NAME
-from tpshard.grid import assign_to_grid
 from tpshard.header import byte_count
 from tpshard.layout import Layout
 from tpshard.library import choose_policy, policy_as_data, policy_from_data
@@ -25,7 +25,7 @@ from tpshard.manifest import CarriedRecord, Manifest, SourceFile, TensorRecord, 
 from tpshard.mesh import Grid, Mesh
 from tpshard.plan import Item, Output, Plan, arrange, bytes_of_ranks
 from tpshard.policy import Policy
-from tpshard.quantised import refuse_quantised
+from tpshard.quantised import read_quantised
 from tpshard.roles import Role
 from tpshard.staging import Staging, check_space, check_target
 
@@ -87,7 +87,6 @@ def plan_split(
         raise UsageError(f"{source}: is a shard folder already", hint="tpshard reshard cuts it for other ranks")
     check_target(target, source)
     checkpoint = open_full(source)
-    refuse_quantised(checkpoint)
     return _to_shards(checkpoint, target, Grid.of(ranks), choose_policy(policy, checkpoint.config), options)
 
 
@@ -185,7 +184,8 @@ def run(conversion: Conversion, options: Options = Options()) -> Done:
 
 def _to_shards(checkpoint: Checkpoint, target: Path, grid: Grid, policy: Policy, options: Options) -> Conversion:
     sizes = {name: byte_count(tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()}
-    assigned = assign_to_grid(policy, checkpoint.config, checkpoint.shapes, sizes, grid)
+    quantised = read_quantised(checkpoint)
+    assigned = assign_stored(policy, checkpoint.config, checkpoint.shapes, sizes, grid, quantised)
     return _as_assigned(checkpoint, target, grid.mesh, policy, options, assigned)
 
 

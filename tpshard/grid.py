@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from tpshard.assignment import MAX_RANKS, Assigned, Assignment, assign, match_all
+from tpshard.assignment import MAX_RANKS, Assigned, Assignment, Rules, assign, match_all
 from tpshard.errors import PolicyError, UsageError, printable
 from tpshard.layout import Layout, Shape
 from tpshard.mesh import Experts, Grid, place
+from tpshard.partition import Grain
 from tpshard.policy import Policy, rule_experts
 from tpshard.stages import deal_stages
 
 
 def assign_to_grid(
-    policy: Policy, config: Mapping[str, Any], shapes: Mapping[str, Shape], sizes: Mapping[str, int], grid: Grid
+    policy: Policy,
+    config: Mapping[str, Any],
+    shapes: Mapping[str, Shape],
+    sizes: Mapping[str, int],
+    grid: Grid,
+    grains_of: Callable[[Rules], Mapping[str, Grain]] = lambda rules: {},
 ) -> Assigned:
-    """The layout and role of every tensor on all ranks of ``grid``; ``sizes`` in bytes.
+    """The layout and role of every tensor on all ranks of ``grid``; ``sizes`` in bytes; ``grains_of`` as ``assign``
+    has it.
 
     Raises PolicyError as ``assign`` does, and where experts or stages are to be dealt and the policy or the checkpoint
     has none, or they do not go into the groups.
@@ -25,13 +32,14 @@ def assign_to_grid(
         shown = " x ".join(f"{axis} {size}" for axis, size in grid.mesh.as_data().items())
         raise UsageError(f"{shown} is {grid.mesh.ranks} ranks, at most {MAX_RANKS} are written")
     if not grid.mesh.is_grid and not grid.whole_experts:
-        return assign(policy, config, shapes, grid.mesh.tp)
+        return assign(policy, config, shapes, grid.mesh.tp, grains_of)
     experts = _experts(policy, config, shapes) if grid.deals_experts else {}
     if grid.deals_experts and not experts:
         what = f"policy {policy.name} knows no experts in this checkpoint"
         raise PolicyError(what, hint="leave out --ep and --expert-parallel")
     dealt_whole = experts if grid.whole_experts else {}
-    parts = [assign(policy, config, {n: s for n, s in shapes.items() if n not in dealt_whole}, grid.mesh.tp)]
+    cut = {name: shape for name, shape in shapes.items() if name not in dealt_whole}
+    parts = [assign(policy, config, cut, grid.mesh.tp, grains_of)]
     if dealt_whole:
         parts.append(assign(policy, config, {name: shapes[name] for name in dealt_whole}, 1))
     stages = deal_stages(policy.stages, policy.name, sizes, grid.mesh.pp, grid.layers)

@@ -15,7 +15,7 @@ from tpshard.errors import PolicyError, printable
 from tpshard.expressions import evaluate
 from tpshard.layout import Layout, Shape
 from tpshard.mesh import Experts
-from tpshard.partition import Block, Cut, cut_layout
+from tpshard.partition import ANY, Block, Cut, Grain, cut_layout
 from tpshard.patterns import Index, Pattern
 from tpshard.roles import Gather, Kind, Role
 from tpshard.stages import Stages
@@ -53,6 +53,11 @@ class Rule:
     @property
     def role(self) -> Role:
         return Role(self.kind, self.gather, self.key)
+
+    @property
+    def counts_heads(self) -> bool:
+        """Whether the rule says how many units there are, rather than how wide one is."""
+        return self.heads is not None or isinstance(self.parts, tuple)
 
     def axis(self, shape: Shape) -> int | None:
         """The axis that the rule cuts, or None where the tensor lacks it (it then stays whole)."""
@@ -127,20 +132,37 @@ class Policy:
         return tuple(rule for level in self.levels for rule in level)
 
 
-def rule_cut(rule: Rule, policy: Policy, config: Mapping[str, Any], shape: Shape) -> tuple[int, Cut] | None:
-    """The axis and how it is dealt; None where the rule leaves the tensor whole."""
+def rule_cut(
+    rule: Rule, policy: Policy, config: Mapping[str, Any], shape: Shape, grain: Grain = ANY
+) -> tuple[int, Cut] | None:
+    """The axis and how it is dealt; None where the rule leaves the tensor whole. Channels that go together in
+    ``grain`` are never replicated: the row layer that takes them is not."""
     axis = rule.axis(shape)
     if axis is None:
         return None
     compute = _calculator(rule, policy, config)
     pad = compute("pad", rule.pad) if rule.pad is not None else 0
-    blocks = _blocks(rule, shape[axis], compute)
-    return axis, Cut(blocks, replicable=rule.kind == "column", uneven=rule.uneven, pad=pad)
+    together = 1 if rule.counts_heads else grain.together
+    blocks = _blocks(rule, shape[axis], compute, together)
+    replicable = rule.kind == "column" and together == 1
+    multiple = grain.multiples[axis] if grain.multiples else 1
+    return axis, Cut(blocks, replicable=replicable, uneven=rule.uneven, pad=pad, multiple=multiple)
 
 
-def rule_layout(rule: Rule, policy: Policy, config: Mapping[str, Any], shape: Shape, ranks: int) -> Layout:
+def channels(rule: Rule, policy: Policy, config: Mapping[str, Any], shape: Shape) -> int | None:
+    """How many channels the rule's axis has: cells that are dealt one by one, or units of ``unit`` or ``parts``. None
+    where the rule cuts nothing or counts heads."""
+    axis = rule.axis(shape)
+    if axis is None or rule.counts_heads:
+        return None
+    return _blocks(rule, shape[axis], _calculator(rule, policy, config), 1)[0].count
+
+
+def rule_layout(
+    rule: Rule, policy: Policy, config: Mapping[str, Any], shape: Shape, ranks: int, grain: Grain = ANY
+) -> Layout:
     """The layout that a rule gives a tensor. Raises PolicyError where it cannot be dealt."""
-    found = rule_cut(rule, policy, config, shape)
+    found = rule_cut(rule, policy, config, shape, grain)
     if found is None:
         return Layout.replicated(shape, ranks)
     axis, cut = found
@@ -185,17 +207,17 @@ def _calculator(rule: Rule, policy: Policy, config: Mapping[str, Any]) -> Calcul
     return compute
 
 
-def _blocks(rule: Rule, size: int, compute: Calculator) -> tuple[Block, ...]:
+def _blocks(rule: Rule, size: int, compute: Calculator, together: int) -> tuple[Block, ...]:
     """Of the whole axis: where it is a stack, those of one thing in it, again and again."""
     if rule.stacked is None:
-        return _blocks_of_one(rule, size, compute)
+        return _blocks_of_one(rule, size, compute, together)
     count = compute("stacked", rule.stacked)
     if size % count:
         raise rule.fail(f"{count} stacked do not divide an axis of {size}")
-    return _blocks_of_one(rule, size // count, compute) * count
+    return _blocks_of_one(rule, size // count, compute, together) * count
 
 
-def _blocks_of_one(rule: Rule, size: int, compute: Calculator) -> tuple[Block, ...]:
+def _blocks_of_one(rule: Rule, size: int, compute: Calculator, together: int) -> tuple[Block, ...]:
     if rule.heads is not None:
         heads = compute("heads", rule.heads)
         if size % heads:
@@ -205,13 +227,13 @@ def _blocks_of_one(rule: Rule, size: int, compute: Calculator) -> tuple[Block, .
         unit = compute("unit", rule.unit)
         if size % unit:
             raise rule.fail(f"units of {unit} do not divide an axis of {size}")
-        return (Block(size // unit, unit),)
+        return (_joined(size // unit, unit, True, together),)
     if rule.parts is None:
-        return (Block(size, 1, named=False),)
+        return (_joined(size, 1, False, together),)
     if isinstance(rule.parts, int):
         if size % rule.parts:
             raise rule.fail(f"{rule.parts} parts do not divide an axis of {size}")
-        return (Block(size // rule.parts, 1),) * rule.parts
+        return (_joined(size // rule.parts, 1, True, together),) * rule.parts
     if isinstance(rule.parts[0], tuple):
         pairs = [part for part in rule.parts if isinstance(part, tuple)]
         blocks = tuple(Block(compute("parts", count), compute("parts", width)) for count, width in pairs)
@@ -223,6 +245,12 @@ def _blocks_of_one(rule: Rule, size: int, compute: Calculator) -> tuple[Block, .
     if size % sum(counts):
         raise rule.fail(f"parts of {'+'.join(map(str, counts))} heads do not divide an axis of {size}")
     return tuple(Block(count, size // sum(counts)) for count in counts)
+
+
+def _joined(count: int, width: int, named: bool, together: int) -> Block:
+    """Units of ``width`` cells, so many together made one; the last may be short of some."""
+    units = -(-count // together)
+    return Block(units, width * together, named, (units * together - count) * width)
 
 
 def _look_up(config: Mapping[str, Any], key: str) -> Any:

@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tpshard.assignment import assign, match_all
+from tpshard.assignment import match_all
 from tpshard.checkpoint import Checkpoint
+from tpshard.companions import DENSE, Quantised, assign_stored
 from tpshard.errors import PolicyError
 from tpshard.layout import Shape
-from tpshard.partition import LARGEST_TP_LISTED, Cut, legal_ranks
+from tpshard.mesh import Grid
+from tpshard.partition import ANY, LARGEST_TP_LISTED, Block, Cut, legal_ranks
 from tpshard.policy import Policy, Rule, rule_cut
 
 RUNS_SHOWN = 6
@@ -112,28 +114,37 @@ class PolicyCheck:
         }
 
 
-def check_policy(policy: Policy, checkpoint: Checkpoint, ranks: Sequence[int] = ()) -> PolicyCheck:
+def check_policy(
+    policy: Policy, checkpoint: Checkpoint, ranks: Sequence[int] = (), quantised: Quantised = DENSE
+) -> PolicyCheck:
     """Match every tensor of a checkpoint and try every rank count. Raises PolicyError as ``check_shapes`` does."""
-    return check_shapes(policy, checkpoint.config, checkpoint.shapes, ranks, checkpoint.warnings)
+    return check_shapes(policy, checkpoint.config, checkpoint.shapes, ranks, checkpoint.warnings, quantised)
 
 
 def check_shapes(
     policy: Policy,
     config: Mapping[str, Any],
-    shapes: Mapping[str, Shape],
+    stored: Mapping[str, Shape],
     ranks: Sequence[int] = (),
     warnings: Sequence[str] = (),
+    quantised: Quantised = DENSE,
 ) -> PolicyCheck:
-    """Match every tensor and try every rank count.
+    """Match every tensor and try every rank count; a quantised weight counts as one tensor.
 
     Raises PolicyError where tensors have no rule or two, and where a rule cannot apply at any rank count (heads that
     do not divide an axis, a key that the config lacks).
     """
-    unused = assign(policy, config, shapes, 1).unused  # one rank takes any units: what fails here fails everywhere
+    # one rank takes any units: what fails here fails everywhere
+    unused = assign_stored(policy, config, stored, {}, Grid.of(1), quantised).unused
+    shapes = quantised.shapes(stored)
     counted: Counter[tuple[Rule | None, int | None, Cut | None]] = Counter()
     rules = match_all(policy, shapes)
+    grains = quantised.grains(policy, config, shapes, rules)
     for name, rule in rules.items():
-        axis, cut = (rule_cut(rule, policy, config, shapes[name]) if rule else None) or (None, None)
+        axis, cut = (rule_cut(rule, policy, config, shapes[name], grains.get(name, ANY)) if rule else None) or (
+            None,
+            None,
+        )
         counted[rule, axis, cut] += 1
     order = {id(rule): place for place, rule in enumerate(policy.rules)}
     uses = [Use(rule, count, axis, cut) for (rule, axis, cut), count in counted.items()]
@@ -144,7 +155,7 @@ def check_shapes(
         uses=tuple(uses),
         legal=tuple(legal_ranks(use.cut for use in uses if use.cut)),
         refusals=_refusals(uses),
-        trials=tuple(_trial(policy, config, shapes, count) for count in ranks),
+        trials=tuple(_trial(policy, config, stored, count, quantised) for count in ranks),
         warnings=(*warnings, *(f"{rule.mark}: rule '{rule.key}' matches no tensor" for rule in unused)),
     )
 
@@ -160,9 +171,11 @@ def _refusals(uses: Sequence[Use]) -> tuple[Refusal, ...]:
     return tuple(sorted(found, key=lambda refusal: (-len(refusal.ranks), refusal.ranks)))
 
 
-def _trial(policy: Policy, config: Mapping[str, Any], shapes: Mapping[str, Shape], ranks: int) -> Trial:
+def _trial(
+    policy: Policy, config: Mapping[str, Any], stored: Mapping[str, Shape], ranks: int, quantised: Quantised
+) -> Trial:
     try:
-        assign(policy, config, shapes, ranks)
+        assign_stored(policy, config, stored, {}, Grid.of(ranks), quantised)
     except PolicyError as error:
         return Trial(ranks, error.message)
     return Trial(ranks, "")
@@ -185,13 +198,19 @@ def in_runs(numbers: Sequence[int], most: int | None = None) -> str:
 
 
 def in_words(cut: Cut | None) -> str:
-    """How an axis is dealt: ``6 x 10 | 3 x 10`` for blocks of heads, ``52`` for cells that may be dealt one by one.
+    """How an axis is dealt: ``6 x 10 | 3 x 10`` for blocks of heads, ``52`` for cells that may be dealt one by one,
+    ``3 x 32 (the last 10)`` for those of which 32 go together.
 
-    >>> from tpshard.partition import Block
     >>> in_words(Cut((Block(6, 10), Block(3, 10)))), in_words(Cut((Block(52, 1, named=False),), pad=8))
     ('6 x 10 | 3 x 10', '52, padded by 8')
     """
     if cut is None:
         return "whole"
-    blocks = (f"{block.count} x {block.width}" if block.width > 1 else str(block.count) for block in cut.blocks)
+    blocks = (_block_in_words(block) for block in cut.blocks)
     return " | ".join(blocks) + (", uneven" if cut.uneven else "") + (f", padded by {cut.pad}" if cut.pad else "")
+
+
+def _block_in_words(block: Block) -> str:
+    if block.width == 1:
+        return str(block.count)
+    return f"{block.count} x {block.width}" + (f" (the last {block.width - block.short})" if block.short else "")

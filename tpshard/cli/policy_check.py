@@ -15,7 +15,7 @@ from tpshard.folder import config_of
 from tpshard.library import choose_policy
 from tpshard.partition import LARGEST_TP_LISTED
 from tpshard.policy_check import PolicyCheck, Use, check_policy, in_runs, in_words
-from tpshard.quantised import refuse_quantised
+from tpshard.quantised import read_quantised
 
 if TYPE_CHECKING:
     from tpshard.verify.policy_proof import Proven
@@ -56,8 +56,8 @@ def check(
         return _proven(wanted, config, ranks, strict, as_json)
     assert folder is not None
     checkpoint = open_checkpoint(folder)
-    refuse_quantised(checkpoint)
-    found = check_policy(choose_policy(wanted, checkpoint.config), checkpoint, ranks)
+    policy = choose_policy(wanted, checkpoint.config)
+    found = check_policy(policy, checkpoint, ranks, read_quantised(checkpoint))
     render.warn(found.warnings, strict)
     if as_json:
         render.emit({"command": "policy check", "path": str(folder), **found.as_json()})

@@ -16,7 +16,7 @@ from tpshard.errors import InconclusiveError, InputError, PolicyError, StorageEr
 from tpshard.folder import config_of
 from tpshard.layout import Shape
 from tpshard.policy_check import in_runs
-from tpshard.quantised import refuse_quantised
+from tpshard.quantised import read_quantised
 
 if TYPE_CHECKING:
     from tpshard.verify.policy_drafting import Drafting
@@ -68,8 +68,7 @@ def _read(source: Path) -> tuple[Mapping[str, Any], Mapping[str, Shape]]:
     if not source.is_dir() or not any(source.glob("*.safetensors*")):
         return config, {}
     checkpoint = open_checkpoint(source)
-    refuse_quantised(checkpoint)
-    return config, checkpoint.shapes
+    return config, read_quantised(checkpoint).shapes(checkpoint.shapes)
 
 
 def _drafted(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> Drafting:

@@ -23,7 +23,14 @@ from tpshard.verify.values import Weights
 RECENT = 64  # parameters whose blocks are kept
 
 View = tuple[tuple[Any, ...], ...]
-HANDLERS: dict[Any, Callable[..., Any]] = {}  # what BlockTensors can do by themselves, from block_operations
+HANDLERS: dict[Any, Callable[..., Any]] = {}  # what BlockTensors can do by themselves
+
+
+def register(handler: Callable[..., Any], *functions: Any) -> None:
+    """Say how BlockTensors do these functions; a handler may return NotImplemented."""
+    HANDLERS.update(dict.fromkeys(functions, handler))
+
+
 _T = torch.Tensor
 _METADATA = {
     _T.size, _T.dim, _T.numel, _T.stride, _T.is_floating_point, torch.is_floating_point, _T.__len__, _T.nelement,

@@ -31,6 +31,16 @@ def fold(shards: Checkpoint) -> Checkpoint:
     return replace(shards, ranks=mesh.ep * mesh.tp, tensors=folded)
 
 
+def fold_stages(shards: Checkpoint) -> Checkpoint:
+    """The same tensors for ``ep * tp`` ranks, all copies kept."""
+    assert shards.manifest is not None
+    mesh = shards.manifest.mesh
+    if not mesh.is_grid:
+        return shards
+    tensors = {name: _of_all_stages(tensor, mesh) for name, tensor in shards.tensors.items()}
+    return replace(shards, ranks=mesh.ep * mesh.tp, tensors=tensors)
+
+
 def _layer(tensor: Stored) -> str:
     return tensor.name.rpartition(".")[0]
 

@@ -8,7 +8,7 @@ same in every group. Derived from names and config.json by code that shares noth
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,17 +27,18 @@ _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_expe
 Holders = tuple[tuple[int, int], ...]  # (stage, group) of ranks, ascending
 
 
-def check_layout_of_grid(shards: Checkpoint) -> CheckResult:
-    """``check_layout``, and the places of layers and experts where there are stages, groups or whole experts."""
+def check_layout_of_grid(shards: Checkpoint, units: Sequence[int] = ()) -> CheckResult:
+    """``check_layout`` with these ``units``, and the places of layers and experts where there are stages, groups or
+    whole experts."""
     assert shards.manifest is not None
     mesh = shards.manifest.mesh
     found = _Grid(shards, mesh, _experts_in(shards))
     if not mesh.is_grid and not found.deals_experts():
-        return check_layout(shards)
+        return check_layout(shards, units)
     findings = [*found.experts(), *found.groups(), *found.stages()]
     if findings:
         return CheckResult("layout", tuple(findings), {"tensors": len(shards.tensors), "ranks": shards.ranks})
-    result = check_layout(found.one_group())
+    result = check_layout(found.one_group(), units)
     note = f"{mesh.pp} stages, {mesh.ep} groups of experts, {mesh.tp} ranks in each"
     covered = {**result.covered, "ranks": shards.ranks} if result.covered else result.covered
     return replace(result, covered=covered, notes=(note, *result.notes))

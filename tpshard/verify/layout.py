@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -39,17 +39,19 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Dealing:
-    """A way in which a block may be dealt: a rank's query heads; channels in whole units of so many; words and
-    channels in equal, padded runs of ``padded`` (0: balanced)."""
+    """A way in which a block may be dealt: a rank's query heads; channels and words in whole units of so many, the
+    last of which may be shorter; words and channels in equal, padded runs of ``padded`` (0: balanced)."""
 
     query_heads: Callable[[int], Index]
     channels: int = 1
+    words: int = 1
     padded: int = 0
 
 
-def check_layout(shards: Checkpoint, complete: bool = True) -> CheckResult:
-    """Compare every tensor's recorded layout with the one that config.json asks for. ``complete``: a model's tensors
-    are all there, so that one may be missed."""
+def check_layout(shards: Checkpoint, units: Sequence[int] = (), complete: bool = True) -> CheckResult:
+    """Compare every tensor's recorded layout with the one that config.json asks for. ``units``: sizes of quantisation
+    blocks, in which channels and words may be dealt; ``complete``: a model's tensors are all there, so that one may be
+    missed."""
     model_type = str(shards.config.get("model_type", ""))
     family = family_of(shards.config)
     if family is None:
@@ -83,7 +85,8 @@ def check_layout(shards: Checkpoint, complete: bool = True) -> CheckResult:
         else:
             blocks.setdefault(_block(tensor, slot), []).append(member)
     for block in blocks.values():
-        findings += _check_block(block, sizes[stack_of(block[0].tensor.name)].for_block(block[0].slot), shards.ranks)
+        own = sizes[stack_of(block[0].tensor.name)].for_block(block[0].slot)
+        findings += _check_block(block, own, shards.ranks, units)
     named = {finding.tensor for finding in findings}
     findings += (f for f in check_siblings(shards.tensors.values()) if f.tensor not in named)
     findings += check_ties(shards, family) if complete else []
@@ -144,14 +147,14 @@ def _check_norm(member: Member, tensors: Mapping[str, Stored]) -> list[Finding]:
 # ---------------------------------------------------------------------------------------------- dealt
 
 
-def _check_block(block: list[Member], sizes: Sizes, ranks: int) -> list[Finding]:
+def _check_block(block: list[Member], sizes: Sizes, ranks: int, units: Sequence[int]) -> list[Finding]:
     """No finding where no later layer can tell that something was cut, or all follow one way of dealing; else those
     of the way that fits best."""
     if all(member.tensor.layout.is_replicated for member in block):
         return []
     if all(_whole_or_joined(member.tensor) for member in block) and _layers_agree(block):
         return []
-    ways = _ways(block, sizes, ranks)
+    ways = [*_ways(block, sizes, ranks), *(Dealing(_by_head(sizes, ranks), unit, unit) for unit in units)]
     wrong = [[member for member in block if not _fits(member, way, sizes)] for way in ways]
     way, bad = min(zip(ways, wrong, strict=True), key=lambda pair: len(pair[1]))
     right = [m for m in block if m not in bad and not m.tensor.layout.is_replicated]
@@ -176,14 +179,16 @@ def _layers_agree(block: list[Member]) -> bool:
 
 
 def _ways(block: list[Member], sizes: Sizes, ranks: int) -> list[Dealing]:
-    def by_head(rank: int) -> Index:
-        return balanced(sizes.query, ranks, rank)
-
+    by_head = _by_head(sizes, ranks)
     ways = [Dealing(by_head, _channel_unit(block))]
     ways += [Dealing(by_head, padded=length) for length in sorted(_padded_lengths(block))]
     if block[0].slot.meaning in OF_ATTENTION and sizes.query % ranks:
         ways.append(Dealing(lambda rank: _heads_by_group(sizes, ranks, rank)))
     return ways
+
+
+def _by_head(sizes: Sizes, ranks: int) -> Callable[[int], Index]:
+    return lambda rank: balanced(sizes.query, ranks, rank)
 
 
 def _channel_unit(block: list[Member]) -> int:
@@ -244,11 +249,11 @@ def _wanted(parts: list[Part], slot: Slot, sizes: Sizes, way: Dealing, rank: int
     for label, count, width, first in parts:
         if way.padded and slot.meaning in ("word", "channel"):
             units = np.arange(min(rank * way.padded, count), min((rank + 1) * way.padded, count))
-        elif slot.meaning == "word":
-            units = balanced(count, ranks, rank)
         elif slot.meaning not in OF_ATTENTION and not label.endswith(("head", "group")):
-            blocks = balanced(count // way.channels, ranks, rank)
-            units = (blocks[:, None] * way.channels + np.arange(way.channels)).reshape(-1)
+            of = way.words if slot.meaning == "word" else way.channels
+            blocks = balanced(-(-count // of), ranks, rank)
+            units = (blocks[:, None] * of + np.arange(of)).reshape(-1)
+            units = units[units < count]
         else:
             units = way.query_heads(rank)
             by_group = label.endswith("group") if slot.mixer else label not in BY_QUERY_HEAD

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from tpshard.errors import InconclusiveError, printable
-from tpshard.verify import block_operations  # noqa: F401 - BlockTensor learns to multiply
+from tpshard.verify import block_operations, block_products  # noqa: F401 - BlockTensor learns to multiply
 from tpshard.verify.block_tensor import BlockTensor
 
 Source = Callable[[str], torch.Tensor]  # a tensor by its name on disk
@@ -114,6 +114,8 @@ class TransformersModel:
                 self.config.model_type = own.config_class.model_type
         except Exception as error:
             raise InconclusiveError(f"transformers cannot read {folder}/config.json: {one_line(error)}") from None
+        for part in (self.config, self.config.get_text_config()):
+            part.__dict__.pop("quantization_config", None)  # weights come dequantised
         self._dtype = dtype
         self.skeleton = self._make(frozenset())
         self.names = _own_names(self.skeleton) if names is None else tuple(names)

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from tpshard.adapter_folder import Base, adapter_base, adapter_of, open_adapter
 from tpshard.checkpoint import Checkpoint, open_full
+from tpshard.companions import Quantised
 from tpshard.errors import InconclusiveError, InputError, UsageError
 from tpshard.verify.adapter_layout_check import check_adapter_layout
+from tpshard.verify.companions import check_quantised_layout, fold_quantised, quantised_in
 from tpshard.verify.files import check_files, default_workers
-from tpshard.verify.folding import fold
-from tpshard.verify.grid_layout import check_layout_of_grid
 from tpshard.verify.report import CheckResult, Report, timed
 from tpshard.verify.request import Request
 from tpshard.verify.weights import check_weights, same_tensors
@@ -63,10 +63,11 @@ def _checks(request: Request) -> Iterator[CheckResult]:
         return
     if request.wants("weights"):
         yield check_weights(shards, source, workers, request.progress)
+    quantised = quantised_in(shards, source)
     if request.wants("layout"):
-        yield _layout(shards, base)
+        yield _layout(shards, base, quantised)
     if request.wants("forward"):
-        yield from _model_checks(shards, source, base, request)
+        yield from _model_checks(shards, source, base, quantised, request)
 
 
 def _unproven(levels: Iterable[str]) -> Iterator[CheckResult]:
@@ -74,9 +75,9 @@ def _unproven(levels: Iterable[str]) -> Iterator[CheckResult]:
         yield CheckResult(level, unproven="the files are not as they should be")
 
 
-def _layout(shards: Checkpoint, base: Base | None) -> CheckResult:
+def _layout(shards: Checkpoint, base: Base | None, quantised: Quantised | InputError) -> CheckResult:
     if base is None:
-        return check_layout_of_grid(shards)
+        return check_quantised_layout(shards, quantised)
     try:
         return check_adapter_layout(shards, adapter_of(shards), base.config)
     except InputError as error:
@@ -84,7 +85,11 @@ def _layout(shards: Checkpoint, base: Base | None) -> CheckResult:
 
 
 def _model_checks(
-    shards: Checkpoint, source: Checkpoint | None, base: Base | None, request: Request
+    shards: Checkpoint,
+    source: Checkpoint | None,
+    base: Base | None,
+    quantised: Quantised | InputError,
+    request: Request,
 ) -> Iterator[CheckResult]:
     """Where torch is not installed or the tensors are not the source's, the reason."""
     if importlib.util.find_spec("torch") is None:
@@ -93,6 +98,10 @@ def _model_checks(
     if source and not same_tensors(shards, source):
         yield CheckResult("forward", unproven="the shards' tensors are not those of the source")
         return
+    if isinstance(quantised, InputError):
+        yield CheckResult("forward", unproven=str(quantised))
+        return
+    from tpshard.verify.logical import logical, with_remark
     from tpshard.verify.model_checks import ModelRequest, check_model
     from tpshard.verify.values import StoredWeights
 
@@ -102,8 +111,9 @@ def _model_checks(
 
         yield from check_adapter_model(shards, source, base, wanted)
     else:
-        with StoredWeights(fold(shards), source) as weights:
-            yield from check_model(weights, wanted)
+        folded, layouts = fold_quantised(shards, quantised)
+        with StoredWeights(folded, source) as weights:
+            yield from with_remark(check_model(logical(weights, quantised, layouts), wanted), quantised)
     for checkpoint in (shards, source) if source else (shards,):
         checkpoint.check_unchanged()
 

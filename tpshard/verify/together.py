@@ -6,11 +6,12 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 from tpshard.checkpoint import Checkpoint, open_full, open_shards
-from tpshard.errors import UsageError
+from tpshard.companions import Quantised
+from tpshard.errors import InputError, UsageError
 from tpshard.manifest_parsing import read_manifest
+from tpshard.verify.companions import check_quantised_layout, fold_quantised, quantised_in
 from tpshard.verify.files import check_files, default_workers
-from tpshard.verify.folding import fold
-from tpshard.verify.grid_layout import check_layout_of_grid
+from tpshard.verify.logical import logical, with_remark
 from tpshard.verify.model_checks import ModelRequest, check_model
 from tpshard.verify.processes import Group, ProcessLockstep, connected
 from tpshard.verify.report import CheckResult, Report, timed
@@ -50,10 +51,13 @@ def _checks(request: Request, group: Group) -> Iterator[CheckResult]:
         shards = group.everywhere(lambda: open_shards(request.folder))[group.rank]
     if request.wants("weights"):
         yield _weights(shards, source, group, workers, request)
+    read: list[Quantised | InputError] = []
+    group.everywhere(lambda: read.append(quantised_in(shards, source)))
+    (quantised,) = read
     if request.wants("layout"):
-        yield check_layout_of_grid(shards)
+        yield check_quantised_layout(shards, quantised)
     if request.wants("forward"):
-        yield from _model_checks(shards, source, group, request)
+        yield from _model_checks(shards, source, quantised, group, request)
 
 
 def _same_number(request: Request, group: Group) -> None:
@@ -80,16 +84,20 @@ def _weights(
 
 
 def _model_checks(
-    shards: Checkpoint, source: Checkpoint | None, group: Group, request: Request
+    shards: Checkpoint, source: Checkpoint | None, quantised: Quantised | InputError, group: Group, request: Request
 ) -> Iterator[CheckResult]:
     if source and not same_tensors(shards, source):
         yield CheckResult("forward", unproven="the shards' tensors are not those of the source")
         return
+    if isinstance(quantised, InputError):
+        yield CheckResult("forward", unproven=str(quantised))
+        return
     wanted = ModelRequest(
         request.factory, request.backward, request.isolate, request.device, new_lock=lambda _: ProcessLockstep(group)
     )
-    with StoredWeights(fold(shards), source) as weights:
-        yield from check_model(weights, wanted)
+    folded, layouts = fold_quantised(shards, quantised)
+    with StoredWeights(folded, source) as weights:
+        yield from with_remark(check_model(logical(weights, quantised, layouts), wanted), quantised)
     for checkpoint in (shards, source) if source else (shards,):
         group.everywhere(checkpoint.check_unchanged)
 
