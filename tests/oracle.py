@@ -90,12 +90,14 @@ def padded(size: int, ranks: int, pad: int) -> Axis:
 
 
 def blocks(parts: list[tuple[int, int]], ranks: int, copied: bool = True) -> Axis:
-    """Fused blocks of ``count`` units of ``width``; fewer units than ranks are copied to neighbours where they fit."""
+    """Fused blocks of ``count`` units of ``width``; fewer units than ranks are copied to neighbours where they fit;
+    if not ``copied``, only one unit beside blocks of more."""
     held: list[list[int]] = [[] for _ in range(ranks)]
     base = 0
     for count, width in parts:
         units = np.array_split(np.arange(count), ranks)
-        if copied and count and count < ranks and ranks % count == 0:
+        one_for_many = count == 1 and max(other for other, _ in parts) > 1
+        if (copied or one_for_many) and count and count < ranks and ranks % count == 0:
             units = [np.array([unit]) for unit in np.repeat(np.arange(count), ranks // count)]
         for rank in range(ranks):
             held[rank] += [base + unit * width + i for unit in units[rank].tolist() for i in range(width)]

@@ -76,6 +76,12 @@ def test_uneven_never_copies() -> None:
         assert deal(30, cut, 6) == [[(0, 10)], [(10, 20)], [(20, 30)], [], [], []]
 
 
+def test_uneven_copies_one_unit_beside_many() -> None:
+    """q | k | v of five query heads and one key-value head, on two ranks: 3 and 2 heads, each with k and v."""
+    cut = Cut((Block(5, 10), Block(1, 10), Block(1, 10)), uneven=True)
+    assert deal(70, cut, 2) == [[(0, 30), (50, 70)], [(30, 70)]]
+
+
 def test_padding_makes_ranks_equal() -> None:
     """1003 rows on 4 ranks in multiples of 8: 256 rows each, the last rank's end in 21 of zeros."""
     layout = cut_layout((1003, 44), 0, Cut((Block(1003, 1, named=False),), pad=8), 4)

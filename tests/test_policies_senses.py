@@ -169,7 +169,9 @@ def test_a_text_that_has_no_policy_is_refused() -> None:
         "text_config": {"model_type": "opt"},
         "vision_config": {"model_type": "clip_vision_model"},
     }
-    with pytest.raises(PolicyError, match="none of the built-in policies applies to model_type 'llava'"):
+    with pytest.raises(
+        PolicyError, match=r"for model_type 'llava' applies to this config.json.*go by text_config.model_type"
+    ):
         choose_policy("auto", config)
 
 

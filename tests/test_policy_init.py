@@ -55,12 +55,11 @@ def rules(shown: dict[str, Any]) -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------- unknown architectures
 
 
-def test_a_decoder_with_names_of_its_own(tmp_path: Path, capsys: Capture) -> None:
+def test_a_decoder_with_names_of_its_own() -> None:
     """CTRL: Wq, Wk, Wv and a feed-forward whose layers are numbers; the lookup is scaled in place."""
-    code, shown = drafted([str(write(tmp_path, CTRL))], capsys)
-    assert (code, shown["verdict"], shown["unsure"], shown["extends"]) == (0, "PASS", [], None)
-    assert shown["share_cut"] == 1.0
-    assert rules(shown) == {
+    made = _own_draft(CTRL)
+    assert (made.unsure, made.share, made.rejected) == (0, 1.0, ())
+    assert rules({"text": made.text()}) == {
         "transformer.w": "rule: row, dims: io}",
         "multi_head_attention.{Wq,Wk,Wv}": "rule: column, heads: H}",
         "multi_head_attention.dense": "rule: row, heads: H}",
@@ -69,8 +68,7 @@ def test_a_decoder_with_names_of_its_own(tmp_path: Path, capsys: Capture) -> Non
         '"{layernorm1,layernorm2,layernorm}"': "replicate",
         "lm_head.bias": "rule: column, gather: true}",
     }
-    assert shown["legal_tp"] == [1, 2, 3, 6]
-    assert [trial["tp"] for trial in shown["trials"]] == [2, 6]
+    assert made.fit.legal == (1, 2, 3, 6)
 
 
 def test_an_encoder_with_names_of_its_own(tmp_path: Path, capsys: Capture) -> None:
@@ -80,14 +78,15 @@ def test_an_encoder_with_names_of_its_own(tmp_path: Path, capsys: Capture) -> No
     assert shown["share_cut"] > 0.9
 
 
-def test_what_no_cut_is_right_for_is_replicated(tmp_path: Path, capsys: Capture) -> None:
+def test_what_no_cut_is_right_for_is_replicated() -> None:
     """DiffLlama pairs each head with one half the heads away: no run of heads is whole by itself. The rest is cut."""
-    code, shown = drafted([str(write(tmp_path, DIFFLLAMA))], capsys)
-    assert (code, shown["verdict"]) == (0, "PASS")
-    assert {path.rpartition(".")[2] for path in shown["unsure"]} == {"q_proj", "k_proj", "v_proj", "o_proj"}
-    assert "  # unsure: no way of cutting it was found right (96 x 96)" in shown["text"]
-    assert rules(shown)["mlp.down_proj"] == "row"
-    assert shown["tried"] > 1
+    made = _own_draft(DIFFLLAMA)
+    unsure = [path.rpartition(".")[2] for path, rule in made.rules.items() if rule.unsure]
+    assert unsure == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert "  # unsure: no way of cutting it was found right (96 x 96)" in made.text()
+    assert rules({"text": made.text()})["mlp.down_proj"] == "row"
+    assert made.rejected == ("attention of model.layers.*.self_attn",)
+    assert made.tried > 1
 
 
 @pytest.mark.parametrize(("groups", "form"), [(1, "parts: [H, 1, 1]"), (3, "heads: K")])

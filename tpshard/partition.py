@@ -113,7 +113,8 @@ def _units(block: Block, cut: Cut, ranks: int, rank: int) -> tuple[int, int]:
     count = block.count
     if count % ranks == 0:
         return rank * count // ranks, (rank + 1) * count // ranks
-    if count and ranks % count == 0 and block.named and cut.replicable and not cut.uneven:
+    copied = not cut.uneven or (count == 1 and any(other.count > 1 for other in cut.blocks))  # one head for many
+    if count and ranks % count == 0 and block.named and cut.replicable and copied:
         unit = rank // (ranks // count)  # repeat-interleave: neighbours share a unit
         return unit, unit + 1
     if cut.uneven or not block.named:

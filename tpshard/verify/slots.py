@@ -63,7 +63,9 @@ INSIDE_A_HEAD = Slot("head_cell", 0)  # [head size], the same for all heads
 
 
 def slot_of(family: Mapping[str, Slot], tensor: str) -> Slot | None:
-    """The slot of a tensor, by the longest name that ends its layer's path (or its own), numbers written as #."""
-    paths = [NUMBER.sub(".#", path) for path in (tensor.rpartition(".")[0], tensor)]
+    """The slot of a tensor, by the longest name that ends its layer's path (or its own), as it is (``ffn.0``) or
+    with # for its numbers."""
+    own = (tensor.rpartition(".")[0], tensor)
+    paths = [*own, *(NUMBER.sub(".#", path) for path in own)]
     found = [name for name in family for path in paths if path == name or path.endswith("." + name)]
     return family[max(found, key=len)] if found else None

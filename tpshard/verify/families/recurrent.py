@@ -86,6 +86,26 @@ _LFM2 = {
     "feed_forward.w3": Slot("channel", OUT),
     "feed_forward.w2": Slot("channel", IN, consumer=True),
 }
+_QWEN_NEXT = {
+    **LLAMA,
+    "self_attn.q_proj": Slot("query", OUT, width=("head_dim", "head_dim")),  # by head: q, and the gate of its output
+    "linear_attn.in_proj_qkvz": Slot("mixer", OUT, mixer=("q-k-v-z group",)),
+    "linear_attn.in_proj_ba": Slot("mixer", OUT, mixer=("b-a group",)),
+    **dict.fromkeys(
+        [f"linear_attn.{name}" for name in ("in_proj_qkv", "conv1d")],
+        Slot("mixer", 0, mixer=("q group", "k group", "v head")),
+    ),
+    "linear_attn.in_proj_z": Slot("mixer", OUT, mixer=("v head",)),
+    **dict.fromkeys(
+        [f"linear_attn.{name}" for name in ("in_proj_a", "in_proj_b", "A_log", "dt_bias")],
+        Slot("mixer", 0, mixer=("decay head",)),
+    ),
+    "linear_attn.out_proj": Slot("mixer", IN, consumer=True, mixer=("v head",)),
+    **{f"experts.#.{name}": Slot("channel", OUT, expert="routed") for name in ("gate_proj", "up_proj")},
+    "experts.#.down_proj": Slot("channel", IN, consumer=True, expert="routed"),
+    **{f"shared_expert.{name}": Slot("channel", OUT, expert="shared") for name in ("gate_proj", "up_proj")},
+    "shared_expert.down_proj": Slot("channel", IN, consumer=True, expert="shared"),
+}
 _RWKV = {
     "embeddings": Slot("word", 0, consumer=True),
     **dict.fromkeys(
@@ -120,11 +140,15 @@ FAMILIES: Mapping[str, Mapping[str, Slot]] = {
     **dict.fromkeys(("bamba", "falcon_h1"), _BAMBA),
     "olmo_hybrid": _OLMO_HYBRID,
     **dict.fromkeys(("lfm2", "lfm3"), _LFM2),
+    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), _QWEN_NEXT),
     "rwkv": _RWKV,
     "xlstm": _XLSTM,
 }
 TIED_BY_DEFAULT = frozenset({"mamba", "falcon_mamba", "lfm2", "lfm3"})
-HEAD_SIZE_BY_DEFAULT: Mapping[str, int] = {"lfm3": 128}
+HEAD_SIZE_BY_DEFAULT: Mapping[str, int] = {
+    "lfm3": 128,
+    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), 256),
+}
 
 
 def mixer_of(config: Mapping[str, Any]) -> Mixer | None:
@@ -148,10 +172,13 @@ def mixer_of(config: Mapping[str, Any]) -> Mixer | None:
             case "bamba" | "falcon_h1":
                 inner = config.get("mamba_d_ssm") or config["mamba_expand"] * config["hidden_size"]
                 return _states(config["mamba_n_heads"], inner, config["mamba_n_groups"], config["mamba_d_state"])
-            case "olmo_hybrid":
+            case "olmo_hybrid" | "qwen3_next" | "qwen3_5_text" | "qwen3_5_moe_text":
                 key, value = config["linear_key_head_dim"], config["linear_value_head_dim"]
+                heads, groups = config["linear_num_value_heads"], config["linear_num_key_heads"]
                 widths = {"q group": key, "k group": key, "v head": value, "decay head": 1}
-                return Mixer(config["linear_num_value_heads"], config["linear_num_key_heads"], widths)
+                share = heads // groups  # of a group's heads: all of q, k, v, z, or b, a, stand together
+                fused = {"q-k-v-z group": 2 * key + 2 * share * value, "b-a group": 2 * share}
+                return Mixer(heads, groups, widths | fused)
             case _:
                 return None
     except (KeyError, TypeError):
