@@ -91,6 +91,17 @@ def _from_blocks(tensors: Tensors) -> np.ndarray:
     return each(*weight.shape, lambda o, i: weight[o, i] * scale[o // HIGH, i // WIDE])
 
 
+def _powers(weight: torch.Tensor, generator: torch.Generator) -> Tensors:
+    tensors = _fp8_blocks(weight, generator)
+    exponents = torch.randint(118, 123, tensors["weight_scale_inv"].shape, generator=generator)
+    return tensors | {"weight_scale_inv": exponents.to(torch.uint8).view(torch.float8_e8m0fnu)}
+
+
+def _from_powers(tensors: Tensors) -> np.ndarray:
+    exponents = tensors["weight_scale_inv"].view(torch.uint8).double()
+    return _from_blocks(tensors | {"weight_scale_inv": 2 ** (exponents - 127)})
+
+
 def _fp8_rows(weight: torch.Tensor, generator: torch.Generator) -> Tensors:
     scale = _scales((weight.shape[0], 1), generator)
     return {"weight": _float8(weight, scale), "weight_scale": scale}
@@ -306,6 +317,9 @@ FORMATS: dict[str, Format] = {
     "fp8 blocks, the last partial": Format(
         {"quant_method": "fp8", "weight_block_size": [HIGH, WIDE], "activation_scheme": "dynamic"},
         _fp8_blocks, _from_blocks, 32, {"intermediate_size": 150, "hidden_size": 92},
+    ),
+    "fp8 blocks, powers of two": Format(
+        {"quant_method": "fp8", "weight_block_size": [HIGH, WIDE], "scale_fmt": "ue8m0"}, _powers, _from_powers, 32
     ),
     "fp8 whole": Format({"quant_method": "fp8", "activation_scheme": "static"}, _fp8_whole, _from_whole, 1),
     "fbgemm fp8": Format({"quant_method": "fbgemm_fp8"}, _fp8_rows, _from_rows, 1),

@@ -30,7 +30,7 @@ class Row:
 
 ROWS = [
     Row(
-        "FP8, blocks (`fp8`: DeepSeek, Qwen)", ("fp8 blocks", "fp8 blocks, the last partial"),
+        "FP8, blocks (`fp8`: DeepSeek, Qwen)", ("fp8 blocks", "fp8 blocks, the last partial", "fp8 blocks, powers of two"),
         "`weight`, `weight_scale_inv`", ("block rows",), ("block columns",), "transformers 5.23 `Fp8Dequantize`",
         "scales of another grid than `weight_block_size` says",
     ),

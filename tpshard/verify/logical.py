@@ -18,14 +18,14 @@ from tpshard.layout import Box, Layout
 from tpshard.roles import Role
 from tpshard.verify.dequantise import dequantised
 from tpshard.verify.report import CheckResult
-from tpshard.verify.values import TORCH_DTYPES, WHOLE, Place, Weights
+from tpshard.verify.values import TORCH_DTYPES, WHOLE, Place, StoredWeights, Weights
 
 KEPT = 2**28  # bytes of packed tensors that are kept, for formats that lie across the order in which one reads
 KEPT_ONE = 2**26
 REMARK = "quantised weights run dequantised; whether an engine rounds what it multiplies them by is not looked at"
 
 
-def logical(weights: Weights, quantised: Quantised, layouts: Mapping[str, Layout]) -> Weights:
+def logical(weights: StoredWeights, quantised: Quantised, layouts: Mapping[str, Layout]) -> Weights:
     """The weights as the model has them; the same where nothing is quantised. ``layouts``: of the quantised ones."""
     return LogicalWeights(weights, quantised, layouts) if quantised.weights else weights
 
@@ -41,7 +41,7 @@ class LogicalWeights:
     """``dtype`` of a quantised weight is the one in which the model computes. A rank's numbers are made of that rank's
     packed bytes and scales alone, so that a wrong scale shows as a wrong weight."""
 
-    def __init__(self, weights: Weights, quantised: Quantised, layouts: Mapping[str, Layout]) -> None:
+    def __init__(self, weights: StoredWeights, quantised: Quantised, layouts: Mapping[str, Layout]) -> None:
         self._weights, self._quantised, self._layouts = weights, quantised, layouts
         self.ranks = weights.ranks
         self.names = tuple(quantised.names(weights.names))
@@ -86,10 +86,10 @@ class LogicalWeights:
             raise InconclusiveError(f"{own}: too short for its part of {printable(weight.name)}")
         size = math.prod(shape) * DTYPE_BITS[companion.dtype] // 8
         if size > KEPT_ONE:
-            return self._weights.read(name, holder, box)
+            return self._weights.stored(name, holder, box)
         key = name, holder
         if key not in self._kept:
-            self._kept[key] = self._weights.read(name, holder, Box((0,) * len(shape), shape))
+            self._kept[key] = self._weights.stored(name, holder, Box((0,) * len(shape), shape))
             self._size += size
             while self._size > KEPT and len(self._kept) > 1:
                 old = self._kept.popitem(last=False)[1]

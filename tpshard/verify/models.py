@@ -114,8 +114,8 @@ class TransformersModel:
                 self.config.model_type = own.config_class.model_type
         except Exception as error:
             raise InconclusiveError(f"transformers cannot read {folder}/config.json: {one_line(error)}") from None
-        for part in (self.config, self.config.get_text_config()):
-            part.__dict__.pop("quantization_config", None)  # weights come dequantised
+        for part in (self.config, getattr(self.config, "text_config", None)):
+            getattr(part, "__dict__", {}).pop("quantization_config", None)  # weights come dequantised
         self._dtype = dtype
         self.skeleton = self._make(frozenset())
         self.names = _own_names(self.skeleton) if names is None else tuple(names)

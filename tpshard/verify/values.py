@@ -24,10 +24,11 @@ from tpshard.sources import SourceFiles
 TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": getattr(torch, "float8_e8m0fnu", torch.uint8),
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool,
 }  # fmt: skip
+
+STORED_DTYPES = TORCH_DTYPES | {"F8_E8M0": torch.uint8}  # with those whose numbers only dequantising understands
 
 WHOLE = -1  # the holder of whole tensors: the source, or what the shards are together
 
@@ -89,19 +90,24 @@ class StoredWeights:
         dtype = self.dtype(name)
         if dtype not in TORCH_DTYPES:
             raise InconclusiveError(f"{printable(name)}: dtype {dtype} has no arithmetic here")
+        return self.stored(name, holder, box)
+
+    def stored(self, name: str, holder: int, box: Box) -> torch.Tensor:
+        """The same, of what is no number by itself, too: scales that are powers of two come as bytes."""
+        dtype = self.dtype(name)
         if not box.volume:
-            return torch.empty(box.shape, dtype=TORCH_DTYPES[dtype])
+            return torch.empty(box.shape, dtype=STORED_DTYPES[dtype])
         if holder != WHOLE:
             return self._read(self._shards.tensors[name], holder, self._files[0], box)
         if self._source is not None:
             return self._read(self._source.tensors[name], 0, self._files[1], box)
-        whole = torch.empty(box.shape, dtype=TORCH_DTYPES[dtype])
+        whole = torch.empty(box.shape, dtype=STORED_DTYPES[dtype])
         for rank, tile in self.layout(name).tiles():
             part = tile.box.intersect(box)
             if part is not None:
                 away = tuple(own - g for own, g in zip(tile.local.start, tile.box.start, strict=True))
                 inside = part.translate(tuple(-n for n in box.start))
-                whole[inside.slices()] = self.read(name, rank, part.translate(away))
+                whole[inside.slices()] = self.stored(name, rank, part.translate(away))
         return whole
 
     def _read(self, stored: Stored, rank: int, files: SourceFiles, box: Box) -> torch.Tensor:
@@ -111,7 +117,7 @@ class StoredWeights:
         cover = rows_around([box], shard.shape)
         data = np.empty(cover.volume * width, np.uint8)
         files.read(stored, rank, linear(cover.start, shard.shape) * width, data)
-        rows = torch.frombuffer(data, dtype=TORCH_DTYPES[stored.dtype]).reshape(cover.shape)
+        rows = torch.frombuffer(data, dtype=STORED_DTYPES[stored.dtype]).reshape(cover.shape)
         return rows[box.translate(tuple(-n for n in cover.start)).slices()]
 
 
