@@ -33,6 +33,7 @@ class Mutant:
 
 
 V, L, F = "tests/test_verify.py::", "tests/test_layout_check.py::", "tests/test_faults.py::"
+Q = "tests/test_quantised.py::"
 NO_NAN = V + "test_difference_is_never_fooled"
 ONE_OFF = V + "test_one_element_off_is_found_by_the_forward_alone"
 WORST = V + "test_the_worst_check_decides"
@@ -130,6 +131,17 @@ MUTANTS = [
            (V + "test_cells_that_moved_together_are_told_and_their_function_is_equal",)),
     Mutant("E01", "a rank's own part never decides, even where the whole differs", "record.py",
            "if not self.followed or any(seam.what != OWN_PART for seam in wrong):", "if not self.followed:", (ONE_OFF,)),
+    Mutant("Q07", "a weight's numbers come with the source's scales", "logical.py",
+           "self._read(weight, companion, holder, part)",
+           "self._read(weight, companion, holder if companion.part == 'numbers' else WHOLE, part)",
+           (Q + "test_numbers_of_any_region",)),
+    Mutant("Q06", "the outputs in a word of AWQ are in ascending order", "dequantise.py",
+           "AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)", "AWQ_ORDER = (0, 1, 2, 3, 4, 5, 6, 7)",
+           (Q + "test_numbers_of_any_region[awq]",)),
+    Mutant("Q03", "scales may be anybody's, if there are enough", "companions.py",
+           "if not np.array_equal(have, need):", "if len(have) != len(need):", (Q + "test_companions_astray_are_found",)),
+    Mutant("Q04", "a cut inside a group counts as right", "companions.py",
+           "if len(cells) != covered.sum():", "if False:", (Q + "test_companions_astray_are_found",)),
 ]  # fmt: skip
 
 

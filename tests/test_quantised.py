@@ -16,6 +16,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from tests import quantised_models, quantised_table, tiny_models
+from tests.architectures.experts import LATENT
 from tests.quantised_models import FORMATS, SIZES, Tensors, layers_of, nibbles, quantise
 from tpshard.checkpoint import open_checkpoint, open_full, open_shards
 from tpshard.companions import DENSE, assign_stored
@@ -282,7 +283,7 @@ def test_mxfp4_experts(tmp_path: Path) -> None:
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
     source = save_gpt_oss(tmp_path / "model")
-    target = split(source, tmp_path / "shards", 2, str(tmp_path / "oss.yaml"))
+    target = split(source, tmp_path / "shards", 2)
     whole, path = load_file(source / "model.safetensors"), "model.layers.1.mlp.experts."
     weights = whole_weights(source)
     for leaf, axis, width in (("gate_up_proj", 2, 2), ("down_proj", 1, 1)):
@@ -367,6 +368,20 @@ def test_experts_in_grids(name: str, kind: str, tmp_path: Path) -> None:
     run(plan_merge(tmp_path / "shards", tmp_path / "merged"))
     for file in (tmp_path / "model").iterdir():
         assert (tmp_path / "merged" / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("grid", [Grid(Mesh(2)), Grid(Mesh(2, ep=5))], ids=["ranks", "groups"])
+def test_deepseek_in_fp8_blocks(grid: Grid, tmp_path: Path) -> None:
+    """Latent attention and five experts of 80 channels, two blocks and a half of 32, by the built-in policy."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16}
+    sizes = {**LATENT, **heads, "v_head_dim": 32, "moe_intermediate_size": 80, "intermediate_size": 112}
+    config = transformers.AutoConfig.for_model("deepseek_v3", **sizes)
+    tiny_models.build(config, "DeepseekV3ForCausalLM").save_pretrained(tmp_path / "model")
+    quantise("fp8 blocks", tmp_path / "model")
+    run(plan_split(tmp_path / "model", tmp_path / "shards", grid))
+    report = verify(Request(tmp_path / "shards", against=tmp_path / "model", level="forward", workers=1))
+    assert report.verdict is Verdict.PASS, [str(finding) for check in report.checks for finding in check.findings]
+    assert all(check.verdict is Verdict.PASS for check in report.checks)
 
 
 # ---------------------------------------------------------------------------------------------- where ranks meet
