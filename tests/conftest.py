@@ -19,12 +19,11 @@ os.environ.pop("GITHUB_STEP_SUMMARY", None)  # what tests verify is no news of t
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What is marked ``sweep`` runs where it is asked for: ``-m sweep``."""
-    if "sweep" in config.option.markexpr:
-        return
-    left = [item for item in items if item.get_closest_marker("sweep")]
-    config.hook.pytest_deselected(items=left)
-    items[:] = [item for item in items if not item.get_closest_marker("sweep")]
+    """What is marked ``sweep`` or ``full`` runs where it is asked for by ``-m``."""
+    apart = [marker for marker in ("sweep", "full") if marker not in config.option.markexpr]
+    left = {item.nodeid for item in items if any(item.get_closest_marker(marker) for marker in apart)}
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid in left])
+    items[:] = [item for item in items if item.nodeid not in left]
 
 
 @pytest.fixture

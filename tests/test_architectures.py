@@ -1,7 +1,7 @@
 """Every built-in policy on every architecture that it is for: cut, verified forward and backward, merged bit for bit.
 
-The last of each architecture's rank counts runs always, the others behind the marker ``sweep``; the table in
-docs/architectures.md has them all.
+One architecture of each policy runs always, at its last rank count; the others behind the marker ``sweep``, and all at
+the other rank counts behind ``full``. The table in docs/architectures.md has them all.
 """
 
 from __future__ import annotations
@@ -16,10 +16,17 @@ from tests.proof import prove, save
 from tpshard.library import builtin_policies
 
 ALL = architectures()
+FIRST = {found.policy: found for found in reversed(ALL)}
+
+
+def _marks(found: Architecture, tp: int) -> pytest.MarkDecorator | tuple[()]:
+    if tp != found.tp[-1]:
+        return pytest.mark.full
+    return () if FIRST[found.policy] is found else pytest.mark.sweep
+
+
 EVERY_SIZE = [
-    pytest.param(found, tp, id=f"{found.name}-{tp}", marks=() if tp == found.tp[-1] else pytest.mark.sweep)
-    for found in ALL
-    for tp in found.tp
+    pytest.param(found, tp, id=f"{found.name}-{tp}", marks=_marks(found, tp)) for found in ALL for tp in found.tp
 ]
 
 
