@@ -54,12 +54,12 @@ def test_split_merge_reshard(source: Path, policy: str, capsys: Capture) -> None
     assert (code, err) == (0, "")
     assert normal(out) == normal(
         "split source -> shards\n"
-        "  51 tensors, 537.9 kB read; 3 ranks, 3 files, 564.2 kB written, policy tiny\n"
+        "  51 tensors, 537.9 kB read; 3 ranks, 3 files, 564.4 kB written, policy tiny\n"
         "  0.01 s (84.9 MB/s), then 0.00 s until the disk had it\n"
     ).replace("537.9 kB", f"{(source / 'model.safetensors').stat().st_size / 1000:.1f} kB")
     code, out, err = call(capsys, "reshard", "shards", "six", "--tp", "6")
     assert (code, err) == (0, "")
-    assert out.startswith("reshard shards -> six\n  51 tensors, 564.2 kB read; 6 ranks, 6 files, ")
+    assert out.startswith("reshard shards -> six\n  51 tensors, 564.4 kB read; 6 ranks, 6 files, ")
     code, out, err = call(capsys, "merge", "six", "merged")
     assert (code, err) == (0, "")
     assert out.startswith("merge six -> merged\n  51 tensors, ")

@@ -102,7 +102,7 @@ def test_a_shard_file_describes_itself(source: Path, policy: str, tmp_path: Path
         said = metadata_of(path)
         assert {key: said[key] for key in said if key not in ("tpshard.slices", "tpshard.tensors")} == {
             "format": "pt", "tpshard.version": "1", "tpshard.rank": str(rank), "tpshard.ranks": "6",
-            "tpshard.part": "0", "tpshard.parts": "1",
+            "tpshard.part": "0", "tpshard.parts": "1", "tpshard.mesh": '{"pp":1,"ep":1,"tp":6}',
         }  # fmt: skip
         slices, place = json.loads(said["tpshard.slices"]), json.loads(said["tpshard.tensors"])
         for name, held in load(path).items():
@@ -463,7 +463,10 @@ FORGED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "ranks true": (lambda d: d.update(ranks=True), "ranks is True, not a count"),
     "ranks text": (lambda d: d.update(ranks="3"), "ranks is '3', not a count"),
     "a billion ranks": (lambda d: d.update(ranks=10**9, layouts=[], tensors=[], roles=[]), "ranks is 1000000000"),
-    "ranks 2": (lambda d: d.update(ranks=2), "a layout has not 2 ranks"),
+    "ranks 2": (lambda d: d.update(ranks=2), "the mesh has 3 ranks, ranks is 2"),
+    "a mesh of 2": (lambda d: d.update(ranks=2, mesh={"pp": 1, "ep": 1, "tp": 2}), "a layout has not 2 ranks"),
+    "a mesh without pp": (lambda d: d.update(mesh={"ep": 1, "tp": 3}), "has not the axes pp, ep, tp"),
+    "a mesh of text": (lambda d: d.update(mesh={"pp": "1", "ep": 1, "tp": 3}), "pp is '1', not a count"),
     "no files": (lambda d: d.update(files=[]), "no file is listed for rank 0, part 0"),
     "no tensors": (lambda d: d.update(tensors=[]), "lists no tensors"),
     "no tensors and files": (lambda d: d.update(tensors=[], files=[]), "lists no tensors"),

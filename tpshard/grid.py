@@ -28,7 +28,7 @@ def assign_to_grid(
     Raises PolicyError as ``assign`` does, and where experts or stages are to be dealt and the policy or the checkpoint
     has none, or they do not go into the groups.
     """
-    if grid.mesh.ranks > MAX_RANKS:
+    if grid.mesh.is_grid and grid.mesh.ranks > MAX_RANKS:
         shown = " x ".join(f"{axis} {size}" for axis, size in grid.mesh.as_data().items())
         raise UsageError(f"{shown} is {grid.mesh.ranks} ranks, at most {MAX_RANKS} are written")
     if not grid.mesh.is_grid and not grid.whole_experts:
