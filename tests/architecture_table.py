@@ -27,11 +27,34 @@ test suite proves each policy again on one architecture, CI each row at its last
 - **forward**, **backward**: the largest relative error, of activations and of gradients, at any of them (tolerance 1e-10).
 - **layout**: whether the layout check, too, knows the architecture; else it says so, and the model itself decides.
 - **gathers**: places where all ranks need a whole output.
-- **replicated**: at the last rank count, bytes beyond one copy as a share of the small model, and the rules that cost
-  most. Real models are wider, so norms and routers weigh less there.
+- **replicated**: at the last rank count, what all ranks hold beyond one copy, in bytes and as a share of the small
+  model, and the rules that cost most. Real models are wider, so norms and routers weigh less there.
 
 | architecture | policy | tp | forward | backward | layout | gathers | replicated |
 | --- | --- | --- | --- | --- | --- | --- | --- |
+"""
+
+
+FOOT = """
+Qwen 1, InternLM 2, Baichuan, ChatGLM and EXAONE 3, whose code is not in transformers, have policies too; they are
+proven on models with the names and orders of theirs (`tests/remote_models.py`).
+
+## Limits, and what has no policy
+
+| architecture | why |
+| --- | --- |
+| codegen | its q, v, k lie in four blocks, so it is cut for at most 4 ranks |
+| zamba | `x_proj` of all heads is one loose parameter, which cannot be summed: as many ranks as Mamba heads at most |
+| zamba, zamba2, encoder-decoders | no pipeline stages: layers share a block, or there are two stacks |
+| dbrx | `--ep` is refused: experts lie one after another inside one axis; `--expert-parallel` likewise |
+| switch_transformers, nllb-moe | the same: expert numbers are not segments of names |
+| gemma4_text with keys for values | keys and values stay whole: the same names have other head counts in other layers |
+| xlnet | attention stays whole: loose parameters, and a residual and norm before the sum would be due |
+| convnext, resnet | depthwise and strided convolutions stay whole |
+| longcat_flash | none: identity experts stand inside the summed module, every rank would add them |
+| mobilebert | none: its words are predicted by two tables put together inside a larger forward |
+| fsmt, xlm, flaubert, squeezebert, funnel | none built in; `tpshard policy init` drafts and proves them |
+| blip-2, clap, musicgen, speecht5, llama4 (with images), aria, t5gemma2, vit_mae, qwen3_vl_moe | not done yet |
 """
 
 
@@ -53,7 +76,7 @@ def row(architecture: Architecture, proofs: Sequence[Proof]) -> str:
 def _replicated(proof: Proof) -> str:
     total = sum(proof.replicated.values())
     parts = [f"`{pattern}` {_share(size, proof)}" for pattern, size in list(proof.replicated.items())[:3]]
-    return f"{_share(total, proof)}: {', '.join(parts)}".replace("|", "\\|") if parts else "nothing"
+    return f"{total:,} B, {_share(total, proof)}: {', '.join(parts)}".replace("|", "\\|") if parts else "nothing"
 
 
 def _share(size: int, proof: Proof) -> str:
@@ -73,7 +96,8 @@ def all_proofs(architecture: Architecture) -> list[Proof]:
 
 def shown() -> Mapping[str, str]:
     """The page's rows by the architecture's name."""
-    rows = [line for line in PAGE.read_text("utf-8").splitlines() if line.startswith("| ")][2:]
+    table = PAGE.read_text("utf-8").partition("## Limits")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ")][2:]
     return {line.split(" | ")[0].removeprefix("| "): line for line in rows}
 
 
@@ -82,7 +106,7 @@ def main() -> None:
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         rows = [row(*pair) for pair in zip(found, pool.map(all_proofs, found), strict=True)]
     count = f"{len(rows)} architectures by {len({a.policy for a in found})} policies.\n"
-    PAGE.write_text(HEAD + "\n".join(rows) + f"\n\n{count}", "utf-8")
+    PAGE.write_text(HEAD + "\n".join(rows) + f"\n\n{count}{FOOT}", "utf-8")
 
 
 if __name__ == "__main__":
