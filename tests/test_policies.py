@@ -107,6 +107,8 @@ def old_buffers(checkpoint: Checkpoint) -> dict[str, Shape]:
     layers = {name.partition(end)[0] for name in checkpoint.tensors for end in rotary if end in name}
     attentions = {name.rpartition(".c_attn.")[0] for name in checkpoint.tensors if ".c_attn." in name}
     experts = {name.partition(".experts.")[0] for name in checkpoint.tensors if ".mlp.experts.0.gate_proj." in name}
+    if any(".linear_attn." in name for name in checkpoint.tensors):
+        experts = set()  # hybrids have theirs in ON_THE_HUB
     embeddings = {name.rpartition(".word_embeddings.")[0] for name in checkpoint.tensors if "embeddings.word" in name}
     tables = {name.rpartition(".")[0] for name in checkpoint.tensors if name.endswith("relative_position_bias_table")}
     positions = {

@@ -81,7 +81,7 @@ def whole(weights: Any, name: str) -> torch.Tensor:
         ("experts.weight", (2, 25, 16), 0.0, 1 / 5),
         ("conv.weight", (4, 3, 16), 0.0, 1 / 4),
         ("a.bias", (7,), 0.0, 0.2),
-        ("e_score_correction_bias", (7,), 0.0, 0.2),
+        ("e_score_correction_bias", (7,), 0.0, 0.05),  # experts stay in reach
         ("norm.weight", (7,), 1.0, 0.2),
         ("scale", (), 1.0, 0.2),
         ("nothing.weight", (0, 5), 0.0, 5**-0.5),

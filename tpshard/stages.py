@@ -104,7 +104,7 @@ def balanced(weights: Sequence[int], extra: Sequence[int]) -> list[int]:
     """How many of the items in a row each of ``len(extra)`` stages gets, at least one, so that the heaviest stage,
     its ``extra`` included, is as light as it can be; of equally good ways the one that fills earlier stages more.
 
-    >>> balanced([4, 4, 4, 4], [0, 4])
+    >>> balanced([4, 4, 4, 4], [0, 1])
     [2, 2]
     >>> balanced([4, 4, 4, 4, 4, 4], [0, 8])
     [4, 2]
