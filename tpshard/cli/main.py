@@ -14,6 +14,7 @@ import click
 
 from tpshard import __version__
 from tpshard.errors import TpshardError, UsageError, printable
+from tpshard.launch import launched
 
 COMMANDS = {
     "split": "Cut a full checkpoint for tensor parallelism.",
@@ -77,7 +78,19 @@ def main() -> NoReturn:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
             signal.signal(number, _terminated)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's own threads: 30 ms to start, and nothing for them
-    sys.exit(_run(sys.argv[1:]))
+    code = _run(sys.argv[1:])
+    if "torch.distributed" in sys.modules and is_one_of_several():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # all is said; torch's threads of a group may abort the process when it ends in the ordinary way
+    sys.exit(code)
+
+
+def is_one_of_several() -> bool:
+    try:
+        return launched() is not None
+    except UsageError:
+        return False
 
 
 def _terminated(signum: int, frame: object) -> NoReturn:
