@@ -54,7 +54,7 @@ proven on models with the names and orders of theirs (`tests/remote_models.py`).
 | longcat_flash | none: identity experts stand inside the summed module, every rank would add them |
 | mobilebert | none: its words are predicted by two tables put together inside a larger forward |
 | fsmt, xlm, flaubert, squeezebert, funnel | none built in; `tpshard policy init` drafts and proves them |
-| blip-2, clap, musicgen, speecht5, llama4 (with images), aria, t5gemma2, vit_mae, qwen3_vl_moe | not done yet |
+| blip-2, clap, musicgen, speecht5, aria, t5gemma2, vit_mae, qwen3_vl_moe | not done yet |
 """
 
 

@@ -266,6 +266,24 @@ _LANGUAGE = (
         SHARED,
         "MllamaForConditionalGeneration",
     ),
+    Architecture(
+        "llama4",
+        "llama4-images",
+        {
+            "text_config": {
+                **TEXT, "num_hidden_layers": 2, "head_dim": 6, "intermediate_size": 26, "intermediate_size_mlp": 52,
+                "num_local_experts": 4, "num_experts_per_tok": 2, "interleave_moe_layer_step": 2, "moe_layers": [1],
+            },
+            "vision_config": {
+                "hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 8,
+                "image_size": 16, "patch_size": 4, "vision_output_dim": 36, "projector_input_dim": 36,
+                "projector_output_dim": 36, "pixel_shuffle_ratio": 0.5,
+            },
+            "image_token_index": 210,
+        },
+        SHARED,
+        "Llama4ForConditionalGeneration",
+    ),
     Architecture("qwen2_audio", "qwen2_audio", heard("qwen2", ENCODER), SHARED, "Qwen2AudioForConditionalGeneration"),
     Architecture("voxtral", "voxtral", heard("llama", SLOWER), SHARED, "VoxtralForConditionalGeneration"),
 )  # fmt: skip

@@ -112,7 +112,8 @@ class _Maker:
         if "input_features" in others:  # a convolution of stride 2, then a mean of two
             return int(others["input_features"].shape[-1]) // 4
         patches = (int(others["pixel_values"].shape[-1]) // _first(self.vision, "patch_size")) ** 2
-        return int(patches // (_first(self.config, "scale_factor") or 1) ** 2 // merge**2)
+        shuffled = getattr(self.vision, "pixel_shuffle_ratio", 1)  # llama4
+        return int(patches * shuffled**2 // (_first(self.config, "scale_factor") or 1) ** 2 // merge**2)
 
     def _told(self, others: dict[str, Any]) -> int | None:
         """By the model's own method, on tensors that have shapes only; None where it has none or looks at numbers."""
