@@ -111,7 +111,7 @@ def test_the_errors_are_those_that_exist() -> None:
 
 def test_the_session(tmp_path: Path) -> None:
     found = [step for block in sessions.blocks(PAGE) for step in sessions.steps(block[0])]
-    assert len(found) == 7
+    assert len(found) == 10
     sessions.write_files(PAGE, tmp_path)
     for step in found:
         assert sessions.normal(sessions.run(step, tmp_path)) == sessions.normal(step.output), step.command
