@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests import tiny_models
-from tests.architectures import Architecture, architectures, fused, senses, translators
+from tests.architectures import ALWAYS, Architecture, architectures, fused, senses, translators
 from tests.build import load
 from tests.proof import config_of
 from tests.tiny_models import save_model
@@ -67,9 +67,10 @@ def test_key_value_heads_are_dealt_replicated_or_refused(model_type: str, tmp_pa
 # ---------------------------------------------------------------------------------------------- tensors and rules
 
 
-@pytest.mark.parametrize(
-    "name", [name for name, policy in builtin_policies().items() if "remote" not in policy.mark.file]
-)
+BUILT_IN = [name for name, policy in builtin_policies().items() if "remote" not in policy.mark.file]
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in ALWAYS else pytest.mark.sweep) for n in BUILT_IN])
 def test_every_tensor_of_every_head_has_a_rule_and_every_rule_a_tensor(name: str, tmp_path: Path) -> None:
     """For each class of each architecture, words tied and not, with cross-attention, and buffers of old files."""
     policy = builtin_policies()[name]
