@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tests.tiny_models import save_model
 from tpshard.assignment import match_all
 from tpshard.checkpoint import Checkpoint, open_full
 from tpshard.convert import plan_split, run
+from tpshard.document import parse_documents
 from tpshard.errors import PolicyError
 from tpshard.layout import Shape
 from tpshard.library import builtin_policies, choose_policy
@@ -211,6 +213,13 @@ def test_cohere_norm_of_each_head(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- auto
+
+
+def test_built_in_policies_read_strictly_are_the_same() -> None:
+    """Every value and every place in the file."""
+    for item in sorted(files("tpshard").joinpath("policies").iterdir(), key=lambda entry: entry.name):
+        text = item.read_text("utf-8")
+        assert parse_documents(text, item.name, trusted=True) == parse_documents(text, item.name)
 
 
 def test_unknown_model_type_is_refused_with_the_nearest() -> None:

@@ -132,11 +132,14 @@ def read_documents(path: Path) -> list[Node]:
         raise PolicyError(f"{path}: is not UTF-8 (byte {error.start})") from None
 
 
-def parse_documents(text: str, file: str) -> list[Node]:
-    """All documents of a YAML text as trees of Node; ``file`` is the name for messages."""
+def parse_documents(text: str, file: str, *, trusted: bool = False) -> list[Node]:
+    """All documents of a YAML text as trees of Node; ``file`` is the name for messages. ``trusted``: a text of our own,
+    which the tests have read strictly; libyaml reads it in a tenth of the time."""
+    loader = yaml.CSafeLoader if trusted and yaml.__with_libyaml__ else yaml.SafeLoader
     try:
-        _refuse_features(text, file)
-        roots = [root for root in yaml.compose_all(text, Loader=yaml.SafeLoader) if root is not None]
+        if not trusted:
+            _refuse_features(text, file)
+        roots = [root for root in yaml.compose_all(text, Loader=loader) if root is not None]
     except yaml.MarkedYAMLError as error:
         at = error.problem_mark or error.context_mark
         place = f"{file}:{at.line + 1}:{at.column + 1}" if at else file
@@ -211,7 +214,7 @@ def _encodable(text: str, mark: Mark) -> str:
 
 def _scalar(node: yaml.ScalarNode, mark: Mark, trail: str) -> str | int | bool:
     text = _encodable(str(node.value), mark)
-    if node.style is not None:  # quoted
+    if node.style:  # quoted
         return text
     if text in ("true", "false"):
         return text == "true"

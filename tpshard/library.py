@@ -24,7 +24,7 @@ def builtin_policies() -> Mapping[str, Policy]:
     documents: list[Node] = []
     for item in sorted(resources.files("tpshard").joinpath("policies").iterdir(), key=lambda entry: entry.name):
         if item.name.endswith(".yaml"):
-            documents += parse_documents(item.read_text("utf-8"), item.name)
+            documents += parse_documents(item.read_text("utf-8"), item.name, trusted=True)
     return _resolved([parse_policy(document, shared=True) for document in documents], {})
 
 
