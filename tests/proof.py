@@ -45,6 +45,17 @@ def save(architecture: Architecture, folder: Path) -> None:
     tiny_models.build(config, architecture.head or tiny_models.word_head(config)).save_pretrained(folder)
 
 
+Arrays = Mapping[str, Any]
+
+
+def cut_arrays(folder: Path, tp: int) -> tuple[Arrays, list[Arrays]]:
+    """The checkpoint at ``source`` in a folder is split into ``shards``: its arrays and each rank's, by name."""
+    run(plan_split(folder / "source", folder / "shards", tp))
+    files = [folder / "source/model.safetensors", *sorted((folder / "shards").glob("rank-*.safetensors"))]
+    whole, *ranks = ({name: tensor.array() for name, tensor in load(file).items()} for file in files)
+    return whole, ranks
+
+
 def prove(architecture: Architecture, source: Path, scratch: Path, tp: int) -> Proof:
     """Raises AssertionError where anything is not as it should be; ``source``: what ``save`` wrote."""
     conversion = plan_split(source, scratch / "shards", tp)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,7 @@ import pytest
 
 from tests import tiny_models
 from tests.architectures import ALWAYS, Architecture, architectures, fused, senses, translators
-from tests.build import load
-from tests.proof import config_of
+from tests.proof import Arrays, config_of, cut_arrays
 from tests.tiny_models import save_model
 from tpshard.assignment import match_all
 from tpshard.checkpoint import Checkpoint, open_full
@@ -144,13 +143,10 @@ FURTHER: dict[str, Shape] = {  # of layers that predict further tokens, beside w
 # ---------------------------------------------------------------------------------------------- worked by hand
 
 
-def shards_of(folder: Path, model_type: str, tp: int, kv_heads: int) -> tuple[Mapping[str, Any], list[dict[str, Any]]]:
+def shards_of(folder: Path, model_type: str, tp: int, kv_heads: int) -> tuple[Arrays, list[Arrays]]:
     """The source's tensors and each rank's, as arrays."""
     save_model(model_type, folder / "source", kv_heads)
-    run(plan_split(folder / "source", folder / "shards", tp))
-    files = [folder / "source/model.safetensors", *sorted((folder / "shards").glob("rank-*.safetensors"))]
-    whole, *ranks = ({name: tensor.array() for name, tensor in load(file).items()} for file in files)
-    return whole, ranks
+    return cut_arrays(folder, tp)
 
 
 def rows(*runs: tuple[int, int]) -> np.ndarray:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from tests import tiny_models
 from tests.architectures import Architecture, architectures, fused, llama_kin
-from tests.build import load
-from tests.proof import save
+from tests.proof import Arrays, cut_arrays, save
 from tests.test_policies import old_buffers, rows, variants
 from tpshard.checkpoint import open_full
 from tpshard.convert import plan_split, run
@@ -26,13 +24,10 @@ from tpshard.verify.run import verify
 BY_NAME: Mapping[str, Architecture] = {found.name: found for found in architectures()}
 
 
-def shards_of(folder: Path, name: str, tp: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def shards_of(folder: Path, name: str, tp: int) -> tuple[Arrays, list[Arrays]]:
     """The source's tensors and each rank's, as arrays."""
     save(BY_NAME[name], folder / "source")
-    run(plan_split(folder / "source", folder / "shards", tp))
-    files = [folder / "source/model.safetensors", *sorted((folder / "shards").glob("rank-*.safetensors"))]
-    whole, *ranks = ({name: tensor.array() for name, tensor in load(file).items()} for file in files)
-    return whole, ranks
+    return cut_arrays(folder, tp)
 
 
 def test_bloom_head_by_head(tmp_path: Path) -> None:

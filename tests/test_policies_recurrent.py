@@ -15,9 +15,8 @@ import pytest
 
 from tests.architectures import Architecture
 from tests.architectures.recurrent import ARCHITECTURES
-from tests.build import load
 from tests.planting import along, reverse, whole
-from tests.proof import save
+from tests.proof import Arrays, cut_arrays, save
 from tests.test_layout_check import changed, one_of_each_kind, said
 from tests.test_policies import rows
 from tpshard.checkpoint import Checkpoint, open_shards
@@ -39,13 +38,10 @@ def architecture(name: str, **changes: Any) -> Architecture:
     return dataclasses.replace(found, sizes={**found.sizes, **changes})
 
 
-def shards_of(folder: Path, name: str, tp: int) -> tuple[Mapping[str, Any], list[dict[str, Any]]]:
+def shards_of(folder: Path, name: str, tp: int) -> tuple[Arrays, list[Arrays]]:
     """The source's tensors and each rank's, as arrays."""
     save(architecture(name), folder / "source")
-    run(plan_split(folder / "source", folder / "shards", tp))
-    files = [folder / "source/model.safetensors", *sorted((folder / "shards").glob("rank-*.safetensors"))]
-    whole, *ranks = ({name: tensor.array() for name, tensor in load(file).items()} for file in files)
-    return whole, ranks
+    return cut_arrays(folder, tp)
 
 
 # ---------------------------------------------------------------------------------------------- worked by hand

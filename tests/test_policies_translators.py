@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.architectures import Architecture, architectures
-from tests.build import load
 from tests.planting import along, reverse
-from tests.proof import save
+from tests.proof import Arrays, cut_arrays, save
 from tests.test_layout_check import changed, said, with_config
 from tests.test_policies import rows
 from tpshard.checkpoint import Checkpoint, open_shards
@@ -27,13 +24,10 @@ def architecture(name: str) -> Architecture:
     return next(found for found in architectures() if found.name == name)
 
 
-def shards_of(folder: Path, name: str, tp: int) -> tuple[Mapping[str, Any], list[dict[str, Any]]]:
+def shards_of(folder: Path, name: str, tp: int) -> tuple[Arrays, list[Arrays]]:
     """The source's tensors and each rank's, as arrays."""
     save(architecture(name), folder / "source")
-    run(plan_split(folder / "source", folder / "shards", tp))
-    files = [folder / "source/model.safetensors", *sorted((folder / "shards").glob("rank-*.safetensors"))]
-    whole, *ranks = ({name: tensor.array() for name, tensor in load(file).items()} for file in files)
-    return whole, ranks
+    return cut_arrays(folder, tp)
 
 
 # ---------------------------------------------------------------------------------------------- worked by hand

@@ -138,7 +138,7 @@ def test_space_is_asked_for_first(conversion: Conversion, tmp_path: Path, monkey
 # ---------------------------------------------------------------------------------------------- signals
 
 SCRIPT = """
-import os, sys
+import os, signal, sys
 from pathlib import Path
 from tpshard.cli import main, render
 
@@ -153,6 +153,9 @@ class Stop:
             os.kill(os.getpid(), number)
 
 number, at = int(sys.argv.pop()), int(sys.argv.pop())
+# Whoever runs the tests may have these ignored (nohup, a job in the background).
+if number != signal.SIGKILL:
+    signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 import tpshard.execute
 tpshard.execute.SLAB = 20_000
 render.progress = Stop
