@@ -33,6 +33,7 @@ class Assigned:
 
 
 Rules = Mapping[str, Rule | None]
+GrainsOf = Callable[[Rules], Mapping[str, Grain]]
 
 
 def assign(
@@ -40,17 +41,18 @@ def assign(
     config: Mapping[str, Any],
     shapes: Mapping[str, Shape],
     ranks: int,
-    grains_of: Callable[[Rules], Mapping[str, Grain]] = lambda rules: {},
+    grains_of: GrainsOf = lambda rules: {},
+    rules: Rules | None = None,
 ) -> Assigned:
     """The layout and role of every tensor at ``ranks`` ranks. ``grains_of``: what quantisation asks of the tensors
-    that have met these rules.
+    that have met these rules. ``rules``: what they have met, where that is known already.
 
     Raises PolicyError: tensors without a rule (all of them counted), two rules for one tensor, units that do not go
     into the ranks (with the rank counts that work for the whole checkpoint).
     """
     if not 1 <= ranks <= MAX_RANKS:
         raise UsageError(f"--tp must be from 1 to {MAX_RANKS}, is {ranks}")
-    rules = match_all(policy, shapes)
+    rules = match_all(policy, shapes) if rules is None else rules
     grains = grains_of(rules)
     cached: dict[tuple[int, Shape, Grain], Assignment] = {}
     layouts: dict[Layout, Layout] = {}  # equal ones made one: comparing them again and again takes time

@@ -172,21 +172,23 @@ def rule_layout(
         raise rule.fail(error.message, hint=error.hint) from None
 
 
-def rule_experts(rule: Rule, policy: Policy, config: Mapping[str, Any], tensor: str, shape: Shape) -> Experts | None:
-    """Which experts a tensor belongs to, by the letter e of ``dims`` or by ``experts`` and the last number of its name;
+def expert_count(rule: Rule, policy: Policy, config: Mapping[str, Any]) -> int:
+    """How many experts a rule's layer stands once for each of; 0 where it has no ``experts``."""
+    return 0 if rule.experts is None else _calculator(rule, policy, config)("experts", rule.experts)
+
+
+def rule_experts(rule: Rule, count: int, tensor: str, shape: Shape) -> Experts | None:
+    """Which experts a tensor belongs to, by the letter e of ``dims``, or of ``count`` by the last number of its name;
     None where the rule speaks of none."""
     axis = rule.axis_of("e", shape)
     if axis is not None:
         return Experts(shape[axis], axis=axis)
-    if rule.experts is None:
+    if not count:
         return None
-    count = _calculator(rule, policy, config)("experts", rule.experts)
     numbers = [int(part) for part in tensor.split(".") if part.isdecimal()]
     if not numbers or numbers[-1] >= count:
-        what = (
-            f"{printable(tensor)} is of no expert" if not numbers else f"{printable(tensor)} is of expert {numbers[-1]}"
-        )
-        raise rule.fail(f"{what}, there are {count}")
+        which = f"expert {numbers[-1]}" if numbers else "no expert"
+        raise rule.fail(f"{printable(tensor)} is of {which}, there are {count}")
     return Experts(count, number=numbers[-1])
 
 

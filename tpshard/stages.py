@@ -131,7 +131,6 @@ def balanced(weights: Sequence[int], extra: Sequence[int]) -> list[int]:
         own = best(stage, first)[1]
         counts.append(own)
         first += own
-    best.cache_clear()
     return counts
 
 
