@@ -13,7 +13,7 @@ from typing import Any
 from tpshard.adapter import Adapter, Target
 from tpshard.checkpoint import Checkpoint, Stored
 from tpshard.layout import Layout, Shard
-from tpshard.verify.families import FAMILIES
+from tpshard.verify.families import family_of
 from tpshard.verify.layout import check_layout
 from tpshard.verify.report import CheckResult, Finding
 from tpshard.verify.slots import Slot, slot_of
@@ -30,7 +30,7 @@ def check_adapter_layout(shards: Checkpoint, adapter: Adapter, config: Mapping[s
     result = check_layout(replace(shards, tensors=seen, config=config), complete=False)
     if result.unproven:
         return result
-    family = FAMILIES.get(str(config.get("model_type", "")), {})
+    family = family_of(config) or {}
     told = {
         target.weight: _at_fault(target, slot_of(family, target.weight), shards.tensors) for target in adapter.targets
     }

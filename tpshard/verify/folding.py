@@ -22,13 +22,14 @@ def fold(shards: Checkpoint) -> Checkpoint:
     mesh = shards.manifest.mesh
     if not mesh.is_grid:
         return shards
-    tensors = [_of_all_stages(tensor, mesh) for tensor in shards.tensors.values()]
+    folded = fold_stages(shards)
+    tensors = folded.tensors.values()
     summed = {_layer(tensor) for tensor in tensors if tensor.role.rule == "row" and _is_cut(tensor.layout, mesh)}
-    folded = {
+    counted = {
         tensor.name: _counted_once(tensor, mesh, _layer(tensor) in summed) if tensor.role.rule == "row" else tensor
         for tensor in tensors
     }
-    return replace(shards, ranks=mesh.ep * mesh.tp, tensors=folded)
+    return replace(folded, tensors=counted)
 
 
 def fold_stages(shards: Checkpoint) -> Checkpoint:

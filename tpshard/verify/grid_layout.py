@@ -17,14 +17,13 @@ import numpy as np
 from tpshard.checkpoint import Checkpoint, Stored
 from tpshard.layout import Layout, Shard, Span
 from tpshard.mesh import Mesh
+from tpshard.policy_check import in_runs
 from tpshard.verify.families import are_tied, family_of
 from tpshard.verify.layout import check_layout
 from tpshard.verify.report import CheckResult, Finding
-from tpshard.verify.slots import slot_of
+from tpshard.verify.slots import Slot, slot_of
 
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
-
-Holders = tuple[tuple[int, int], ...]  # (stage, group) of ranks, ascending
 
 
 def check_layout_of_grid(shards: Checkpoint, units: Sequence[int] = ()) -> CheckResult:
@@ -32,7 +31,7 @@ def check_layout_of_grid(shards: Checkpoint, units: Sequence[int] = ()) -> Check
     whole experts."""
     assert shards.manifest is not None
     mesh = shards.manifest.mesh
-    found = _Grid(shards, mesh, _experts_in(shards))
+    found = _Grid(shards, mesh, _experts_in(shards), family_of(shards.config))
     if not mesh.is_grid and not found.deals_experts():
         return check_layout(shards, units)
     findings = [*found.experts(), *found.groups(), *found.stages()]
@@ -46,11 +45,12 @@ def check_layout_of_grid(shards: Checkpoint, units: Sequence[int] = ()) -> Check
 
 @dataclass(frozen=True, slots=True)
 class _Grid:
-    """``count``: of experts, None where there are none."""
+    """``count``: of experts, None where there are none; ``family``: None where nothing is known of it."""
 
     shards: Checkpoint
     mesh: Mesh
     count: int | None
+    family: Mapping[str, Slot] | None
 
     @property
     def tensors(self) -> Mapping[str, Stored]:
@@ -60,10 +60,9 @@ class _Grid:
 
     def deals_experts(self) -> bool:
         """Whether ranks of one group have experts of their own: tensors, or runs of stacked ones."""
-        known = family_of(self.shards.config) is not None
         return any(
             not all(tensor.layout.shards)
-            or (known and len(set(self._stacked(tensor, self._groups(tensor, 0)) or ())) > 1)
+            or (self.family is not None and len(set(self._stacked(tensor, self._groups(tensor, 0)) or ())) > 1)
             for tensor in self.tensors.values()
         )
 
@@ -117,11 +116,12 @@ class _Grid:
     def _stacked(self, tensor: Stored, groups: list[tuple[Shard | None, ...]]) -> list[Span] | None:
         """The runs of axis 0 where it counts experts and groups, or all ranks, have one run each and differ in nothing
         else; else None."""
-        family = family_of(self.shards.config)
-        slot = slot_of(family, tensor.name) if family else None
-        of_experts = family is None or (slot is not None and slot.expert == "routed")
-        if len(tensor.shape) < 2 or not of_experts or tensor.shape[0] != self.count:
+        if len(tensor.shape) < 2 or tensor.shape[0] != self.count:
             return None
+        if self.family is not None:
+            slot = slot_of(self.family, tensor.name)
+            if slot is None or slot.expert != "routed":
+                return None
         for pieces in (groups, [(shard,) for group in groups for shard in group]):
             runs = [{shard.spans[0] if shard else () for shard in piece} for piece in pieces]
             rest = [[_without_axis_0(shard) for shard in piece] for piece in pieces]
@@ -135,7 +135,7 @@ class _Grid:
         """Layers ascend with the stages; each stage that has a tensor has it alike."""
         last = 0
         seen: dict[int, int] = {}
-        family = family_of(self.shards.config) or {}
+        family = self.family or {}
         numbered = {name: int(m[1]) for name in self.tensors if (m := re.search(r"\.(\d+)\.", f".{name}"))}
         for name in sorted(numbered, key=lambda name: numbered[name]):
             stages = _stages(self.tensors[name], self.mesh)
@@ -155,7 +155,7 @@ class _Grid:
     def _of_words(self, tensor: Stored, stages: list[int], embedding: bool) -> Iterator[Finding]:
         final = self.mesh.pp - 1
         wanted = [[0], [0, final]] if embedding else [[final]]
-        family = family_of(self.shards.config) or {}
+        family = self.family or {}
         others = (slot_of(family, name) for name in self.tensors)
         if (
             embedding
@@ -216,16 +216,5 @@ def _with_all_of_axis_0(shard: Shard, size: int) -> Shard:
     return Shard((size, *shard.shape[1:]), ((Span(0, size),), *shard.spans[1:]))
 
 
-def _runs(numbers: Any) -> str:
-    """Ascending numbers in few words.
-
-    >>> _runs([0, 1, 2, 5]), _runs([])
-    ('0-2, 5', 'none')
-    """
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(f"{a}-{b}" if b > a else str(a) for a, b in runs) or "none"
+def _runs(numbers: Sequence[int]) -> str:
+    return in_runs(numbers) or "none"

@@ -7,17 +7,21 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from tpshard.checkpoint import Checkpoint
+from tpshard.companions import Quantised
 from tpshard.errors import InconclusiveError, UsageError
+from tpshard.verify.companions import fold_quantised
 from tpshard.verify.execution import Outcome, Subject, Way, execute
 from tpshard.verify.forward import backward_result, forward_result, generic_result
 from tpshard.verify.layers import check_layers
 from tpshard.verify.lockstep import Lockstep
+from tpshard.verify.logical import logical, with_remark
 from tpshard.verify.loss import run_loss
 from tpshard.verify.native import native_figures
 from tpshard.verify.preparation import Choice, default_dtype, prepare, require_sound_tables
 from tpshard.verify.report import CheckResult
 from tpshard.verify.sensitivity import SEEN, noise_of, run_generic, self_test, shortened
-from tpshard.verify.values import Weights, numbers_in
+from tpshard.verify.values import StoredWeights, Weights, numbers_in
 
 FITS = 2 * 10**9  # numbers: up to here the default goes back, too
 
@@ -33,6 +37,15 @@ class ModelRequest:
     device: str = "cpu"
     seed: int = 0
     new_lock: Callable[[int], Lockstep] | None = None
+
+
+def check_stored_model(
+    shards: Checkpoint, source: Checkpoint | None, quantised: Quantised, request: ModelRequest
+) -> Iterator[CheckResult]:
+    """``check_model`` of a shard folder: a grid folded, quantised weights as the model has them."""
+    folded, layouts = fold_quantised(shards, quantised)
+    with StoredWeights(folded, source) as weights:
+        yield from with_remark(check_model(logical(weights, quantised, layouts), request), quantised)
 
 
 def check_model(weights: Weights, request: ModelRequest) -> Iterator[CheckResult]:

@@ -10,7 +10,7 @@ from tpshard.checkpoint import Checkpoint, open_full
 from tpshard.companions import Quantised
 from tpshard.errors import InconclusiveError, InputError, UsageError
 from tpshard.verify.adapter_layout_check import check_adapter_layout
-from tpshard.verify.companions import check_quantised_layout, fold_quantised, quantised_in
+from tpshard.verify.companions import check_quantised_layout, quantised_in
 from tpshard.verify.files import check_files, default_workers
 from tpshard.verify.report import CheckResult, Report, timed
 from tpshard.verify.request import Request
@@ -101,9 +101,7 @@ def _model_checks(
     if isinstance(quantised, InputError):
         yield CheckResult("forward", unproven=str(quantised))
         return
-    from tpshard.verify.logical import logical, with_remark
-    from tpshard.verify.model_checks import ModelRequest, check_model
-    from tpshard.verify.values import StoredWeights
+    from tpshard.verify.model_checks import ModelRequest, check_stored_model
 
     wanted = ModelRequest(request.factory, request.backward, request.isolate, request.device)
     if base is not None:
@@ -111,9 +109,7 @@ def _model_checks(
 
         yield from check_adapter_model(shards, source, base, wanted)
     else:
-        folded, layouts = fold_quantised(shards, quantised)
-        with StoredWeights(folded, source) as weights:
-            yield from with_remark(check_model(logical(weights, quantised, layouts), wanted), quantised)
+        yield from check_stored_model(shards, source, quantised, wanted)
     for checkpoint in (shards, source) if source else (shards,):
         checkpoint.check_unchanged()
 

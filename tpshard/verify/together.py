@@ -9,14 +9,12 @@ from tpshard.checkpoint import Checkpoint, open_full, open_shards
 from tpshard.companions import Quantised
 from tpshard.errors import InputError, UsageError
 from tpshard.manifest_parsing import read_manifest
-from tpshard.verify.companions import check_quantised_layout, fold_quantised, quantised_in
+from tpshard.verify.companions import check_quantised_layout, quantised_in
 from tpshard.verify.files import check_files, default_workers
-from tpshard.verify.logical import logical, with_remark
-from tpshard.verify.model_checks import ModelRequest, check_model
+from tpshard.verify.model_checks import ModelRequest, check_stored_model
 from tpshard.verify.processes import Group, ProcessLockstep, connected
 from tpshard.verify.report import CheckResult, Report, timed
 from tpshard.verify.request import Request
-from tpshard.verify.values import StoredWeights
 from tpshard.verify.weights import check_weights, same_tensors
 
 
@@ -95,9 +93,7 @@ def _model_checks(
     wanted = ModelRequest(
         request.factory, request.backward, request.isolate, request.device, new_lock=lambda _: ProcessLockstep(group)
     )
-    folded, layouts = fold_quantised(shards, quantised)
-    with StoredWeights(folded, source) as weights:
-        yield from with_remark(check_model(logical(weights, quantised, layouts), wanted), quantised)
+    yield from check_stored_model(shards, source, quantised, wanted)
     for checkpoint in (shards, source) if source else (shards,):
         group.everywhere(checkpoint.check_unchanged)
 
