@@ -16,8 +16,8 @@ PACKAGE = Path(__file__).parent.parent / "tpshard"
 FAMILIES = tuple(f"verify.families.{path.stem}" for path in sorted((PACKAGE / "verify/families").glob("[a-z]*.py")))
 FLOORS: list[tuple[str, ...]] = [
     ("__init__", "errors"),
-    ("layout", "expressions", "patterns", "document", "digest", "roles", "launch", "mesh"),
-    ("stages", "header", "partition", "folder", "manifest", "manifest_parsing", "adapter"),
+    ("layout", "views", "expressions", "patterns", "document", "digest", "roles", "launch", "mesh"),
+    ("stages", "header", "frames", "partition", "folder", "manifest", "manifest_parsing", "adapter"),
     ("policy", "policy_parsing", "library", "policy_schema", "assignment", "checkpoint", "adapter_layout"),
     ("adapter_folder",),
     ("grid", "companions", "policy_check", "plan", "slabs"),

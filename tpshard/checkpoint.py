@@ -19,6 +19,7 @@ from tpshard.layout import Layout, Shape
 from tpshard.manifest import FileRecord, Manifest, TensorRecord
 from tpshard.manifest_parsing import read_manifest
 from tpshard.roles import Role
+from tpshard.views import View
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +35,11 @@ class WeightFile:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where one rank's own tensor begins: index of the file, byte offset in it."""
+    """Where one rank's own tensor begins: index of the file, byte offset in it. ``view``: where it is not one run."""
 
     file: int
     offset: int
+    view: View | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +108,7 @@ def open_full(folder: Path, found: WeightFiles | None = None) -> Checkpoint:
                     f"{folder}: {name} holds {printable(tensor)}, the index places it in {found.index.get(tensor)}"
                 )
             layout = Layout.replicated(entry.shape, 1)
-            tensors[tensor] = Stored(tensor, entry.dtype, layout, (Place(index, entry.offset),), index)
+            tensors[tensor] = Stored(tensor, entry.dtype, layout, (Place(index, entry.offset, entry.view),), index)
     if not tensors:
         raise InputError(f"{folder}: holds no tensors")
     for tensor in found.index or ():
@@ -197,7 +199,7 @@ class Opening:
                 f"{path}: {printable(record.name)}: {entry.dtype} {list(entry.shape)} in the file, "
                 f"{record.dtype} {list(shard.shape)} in the manifest (rank {rank})"
             )
-        places[rank] = Place(index, entry.offset)
+        places[rank] = Place(index, entry.offset, entry.view)
 
     def nothing_extra(self, index: int) -> None:
         """Raises InputError where a file holds a tensor that the manifest does not place there."""

@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 from tpshard.errors import InputError, StorageError, printable
 from tpshard.layout import Shape
+from tpshard.views import View
 
 # Bits per element, in the order in which safetensors' writer sorts the tensors of a file: wide types first, so that
 # every tensor is aligned to its own element.
@@ -53,12 +54,13 @@ _OTHER_KINDS = {
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor of a file; ``offset`` is absolute, both in bytes."""
+    """One tensor of a file; ``offset`` is absolute, both in bytes. ``view``: where it is not one run."""
 
     dtype: str
     shape: Shape
     offset: int
     size: int
+    view: View | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,13 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterable
 
-from tpshard.checkpoint import Checkpoint, Stored
+import numpy as np
+
+from tpshard.checkpoint import Checkpoint, Place, Stored
 from tpshard.errors import InputError, StorageError, printable
 from tpshard.slabs import Bytes, Rooms, Slab
 from tpshard.staging import storage_errors
+from tpshard.views import MOST_IDLE, blocks
 
 MAX_OPEN = 64
 
@@ -35,8 +38,15 @@ class SourceFiles:
 
     def read(self, stored: Stored, rank: int, offset: int, into: Bytes) -> None:
         """Fill ``into`` from byte ``offset`` of one rank's own tensor."""
-        file, begin = self._place(stored, rank)
-        self._read(file, begin + offset, into)
+        place = self._place(stored, rank)
+        if place.view is None:
+            self._read(place.file, place.offset + offset, into)
+            return
+        for block in blocks(place.view, offset, len(into), MOST_IDLE):
+            room = self._rooms.get(1, block.extent)
+            self._read(place.file, place.offset + block.at, room)
+            there = np.ndarray(block.shape, np.uint8, room.data, 0, block.strides)
+            np.ndarray(block.shape, np.uint8, into.data, block.own, block.own_strides)[...] = there
 
     def fill(self, slabs: Iterable[tuple[Stored, Slab, int]], buffer: Bytes) -> None:
         """Fill slabs that lie in ``buffer`` from the given place on. What is contiguous in file and buffer, as the
@@ -44,13 +54,17 @@ class SourceFiles:
         file, at, begin, size = -1, 0, 0, 0  # the run to be read
         for stored, slab, start in slabs:
             for contact in slab.reads:
+                place = self._place(stored, contact.rank)
                 if contact.begin is None:
                     room = self._rooms.get(0, contact.size)
                     self.read(stored, contact.rank, contact.offset, room)
                     contact.put(room, buffer[start : start + slab.size].reshape(slab.shape))
                     continue
-                next_file, next_at = self._place(stored, contact.rank)
-                next_at, next_begin = next_at + contact.offset, start + contact.begin
+                next_begin = start + contact.begin
+                if place.view is not None:
+                    self.read(stored, contact.rank, contact.offset, buffer[next_begin : next_begin + contact.size])
+                    continue
+                next_file, next_at = place.file, place.offset + contact.offset
                 if (file, at + size, begin + size) == (next_file, next_at, next_begin):
                     size += contact.size
                     continue
@@ -60,11 +74,11 @@ class SourceFiles:
         if size:
             self._read(file, at, buffer[begin : begin + size])
 
-    def _place(self, stored: Stored, rank: int) -> tuple[int, int]:
+    def _place(self, stored: Stored, rank: int) -> Place:
         place = stored.places[rank]
         if place is None:
             raise InputError(f"{printable(stored.name)}: rank {rank} holds nothing of it")
-        return place.file, place.offset
+        return place
 
     def _read(self, index: int, offset: int, into: Bytes) -> None:
         fd, path, room, done = self._descriptor(index), self._checkpoint.files[index].path, into.data, 0
