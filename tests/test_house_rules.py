@@ -103,7 +103,10 @@ def test_only_execution_opens_files_for_tensors() -> None:
     writing = {
         name
         for name, path in modules().items()
-        if any(call in path.read_text("utf-8") for call in ("pwrite", '.open("xb"', '.open("wb"', "write_bytes"))
+        if any(
+            call in path.read_text("utf-8")
+            for call in ("pwrite", '.open("xb"', '.open("x+b"', '.open("wb"', "write_bytes")
+        )
     }
     assert writing == {"outputs", "staging", "demo"}
 

@@ -23,7 +23,7 @@ from tpshard.layout import Layout
 from tpshard.library import choose_policy, policy_as_data, policy_from_data
 from tpshard.manifest import CarriedRecord, Manifest, SourceFile, TensorRecord, manifest_bytes, shard_spans
 from tpshard.mesh import Grid, Mesh
-from tpshard.plan import Item, Output, Plan, arrange, bytes_of_ranks
+from tpshard.plan import Item, Output, Plain, Plan, arrange, bytes_of_ranks
 from tpshard.policy import Policy
 from tpshard.quantised import read_quantised
 from tpshard.roles import Role
@@ -145,7 +145,7 @@ def plan_merge(source: Path, target: Path, options: Options = Options()) -> Conv
         outputs.append(Output(name, 0, part, first, first + len(group)))
         first += len(group)
     items = [item for group in groups for item in group]
-    plan = Plan(checkpoint, tuple(items), tuple(outputs), 1, lambda output: metadata[output.part])
+    plan = Plan(checkpoint, tuple(items), tuple(outputs), 1, Plain(lambda output: metadata[output.part]))
     return Conversion(plan, target, None, {}, checkpoint.warnings)
 
 
@@ -211,7 +211,7 @@ def _as_assigned(
         first = last
     items = [item for group in groups for item in group]
     describe = partial(_self_description, items, mesh, len(groups))
-    plan = Plan(checkpoint, tuple(items), tuple(outputs), mesh.ranks, describe)
+    plan = Plan(checkpoint, tuple(items), tuple(outputs), mesh.ranks, Plain(describe))
     unused = [f"{rule.mark}: rule '{rule.key}' matches no tensor" for rule in assigned.unused]
     roles = {name: assignment.role for name, assignment in wanted.items()}
     return Conversion(plan, target, policy, roles, (*checkpoint.warnings, *unused), mesh)

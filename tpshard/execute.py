@@ -16,8 +16,8 @@ from tpshard.checkpoint import Stored
 from tpshard.digest import Hasher, hasher_factory
 from tpshard.errors import InputError, printable
 from tpshard.manifest import FileRecord
-from tpshard.outputs import OutputFile
-from tpshard.plan import Item, Output, Plan, Transfer
+from tpshard.outputs import OutputFile, update
+from tpshard.plan import Item, Output, Plan, Targets, Transfer
 from tpshard.slabs import Bytes, Contact, KnownSlabs, Rooms, Slab
 from tpshard.sources import SourceFiles
 from tpshard.staging import Staging
@@ -39,14 +39,15 @@ class Written:
 
 @dataclass(slots=True)
 class _Tensor:
-    """A tensor on its way. ``starts``: where each rank's own begins in its file; ``ranks``: hashers of those that are
-    not the whole; ``open``: slabs that are not done, and one more until all are dealt."""
+    """A tensor on its way. ``ranks``: hashers of those whose own is not the whole; ``digested``: how far the whole's
+    digest has come, ``own`` each rank's; ``open``: slabs that are not done, and one more until all are dealt."""
 
     index: int
     stored: Stored
-    starts: tuple[int, ...]
+    targets: Targets
     whole: Hasher
     ranks: dict[int, Hasher]
+    own: dict[int, int]
     digested: int = 0
     open: int = 1
 
@@ -159,14 +160,13 @@ class _Run:
 
     def _deal(self) -> Iterator[_Batch]:
         """All slabs in order, in batches of up to SLAB bytes, or one slab where that is larger (a row may be)."""
-        transfers, known, ranks = self._plan.transfers(), KnownSlabs(SLAB), self._plan.ranks
-        for first in range(0, len(self._plan.outputs), ranks):
-            part = self._begin(self._plan.outputs[first : first + ranks])
-            ends = [file.digested for file in part.files]
+        transfers, known = self._plan.transfers(), KnownSlabs(SLAB)
+        for outputs in self._plan.parts():
+            part, all_targets = self._begin(outputs)
             batch = _Batch(part)
-            for index in range(part.outputs[0].first, part.outputs[0].last):
+            for index in range(outputs[0].first, outputs[0].last):
                 item, transfer = next(transfers)
-                tensor = self._tensor(index, item, transfer, ends)
+                tensor = self._tensor(index, item, transfer, next(all_targets))
                 for slab in known.of(transfer):
                     if batch.steps and batch.size + slab.size > SLAB:
                         yield self._dealt(batch)
@@ -178,22 +178,19 @@ class _Run:
             yield self._dealt(batch)
             self._end(part)
 
-    def _begin(self, outputs: Sequence[Output]) -> _Part:
-        part = _Part(outputs, [])
+    def _begin(self, outputs: Sequence[Output]) -> tuple[_Part, Iterator[Targets]]:
+        part, arrangement = _Part(outputs, []), self._plan.arrangement
         self._parts.append(part)
+        frames = []
         for output in outputs:
             part.files.append(OutputFile(self._staging, output.name, self._new_hasher()))
-            part.files[-1].begin(self._plan.header(output))
-        return part
+            frames.append(arrangement.frame(self._plan, output))
+            part.files[-1].begin(frames[-1], arrangement.in_order)
+        return part, arrangement.targets(self._plan, outputs, frames)
 
-    def _tensor(self, index: int, item: Item, transfer: Transfer, ends: list[int]) -> _Tensor:
-        """``ends``: how far each rank's file is planned; moved on."""
-        starts, ranks = tuple(ends), {}
-        for holding in transfer.writes:
-            ends[holding.rank] += holding.volume
-            if holding.rank not in transfer.whole:
-                ranks[holding.rank] = self._new_hasher()
-        return _Tensor(index, item.stored, starts, self._new_hasher(), ranks)
+    def _tensor(self, index: int, item: Item, transfer: Transfer, targets: Targets) -> _Tensor:
+        ranks = {held.rank: self._new_hasher() for held in transfer.writes if held.rank not in transfer.whole}
+        return _Tensor(index, item.stored, targets, self._new_hasher(), ranks, dict.fromkeys(ranks, 0))
 
     def _dealt(self, batch: _Batch) -> _Batch:
         with self._moved:
@@ -212,7 +209,7 @@ class _Run:
             for contact in step.slab.writes:
                 of_ranks.setdefault(contact.rank, []).append((step, contact))
         for rank in sorted(of_ranks):
-            self._deliver(batch.part.files[rank], rank, of_ranks[rank], buffer, rooms)
+            self._deliver(batch.part, rank, of_ranks[rank], buffer, rooms)
         with self._moved:
             for step in batch.steps:
                 self._done(step.tensor)
@@ -229,7 +226,7 @@ class _Run:
             self._moved.notify_all()
 
     def _deliver(
-        self, file: OutputFile, rank: int, contacts: list[tuple[_Step, Contact]], buffer: Bytes, rooms: Rooms
+        self, part: _Part, rank: int, contacts: list[tuple[_Step, Contact]], buffer: Bytes, rooms: Rooms
     ) -> None:
         """Digest and write what one rank gets of a batch."""
         gathered = rooms.get(1, sum(contact.size for _, contact in contacts if contact.begin is None))
@@ -238,15 +235,36 @@ class _Run:
             slab = buffer[step.begin : step.begin + step.slab.size].reshape(step.slab.shape)
             parts.append(contact.take(slab, gathered[used:]).data)
             used += contact.size if contact.begin is None else 0
+        if not self._plan.arrangement.in_order:
+            for (step, contact), data in zip(contacts, parts, strict=True):
+                self._deliver_apart(part, step.tensor, contact, data, rooms)
+            return
+        file = part.files[rank]
         step, contact = contacts[0]
-        start = step.tensor.starts[rank] + contact.offset - contact.lead
+        start = step.tensor.targets.starts[rank] + contact.offset - contact.lead
         self._wait_until(lambda: file.digested == start)
         for (step, contact), data in zip(contacts, parts, strict=True):
             file.digest(contact.lead, data, step.tensor.ranks.get(rank))
         with self._moved:
             self._moved.notify_all()
-        places = [step.tensor.starts[rank] + contact.offset for step, contact in contacts]
+        places = [step.tensor.targets.starts[rank] + contact.offset for step, contact in contacts]
         file.write(zip(places, parts, strict=True))
+
+    def _deliver_apart(self, part: _Part, tensor: _Tensor, contact: Contact, data: memoryview, rooms: Rooms) -> None:
+        """One contact to a file whose bytes come in any order; only its tensor's own digest needs the one before."""
+        rank, targets = contact.rank, tensor.targets
+        hasher = tensor.ranks.get(rank)
+        if hasher is not None:
+            self._wait_until(lambda: tensor.own[rank] == contact.offset - contact.lead)
+            update(hasher, contact.lead, data)
+            with self._moved:
+                tensor.own[rank] = contact.offset + contact.size
+                self._moved.notify_all()
+        file, view = part.files[targets.file(rank)], targets.view(rank)
+        if view is None:
+            file.write([(targets.starts[rank] + contact.offset, data)])
+        else:
+            file.write_strided(targets.starts[rank], view, contact.offset, data, rooms)
 
     def _wait_until(self, ready: Callable[[], bool]) -> None:
         if ready():

@@ -6,16 +6,20 @@ target's shards cut it up again (``writes``). So from N ranks to M there is no p
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from tpshard.checkpoint import Checkpoint, Stored
 from tpshard.errors import InputError, printable
-from tpshard.header import DTYPE_BITS, DTYPE_ORDER, byte_count, header_bytes
+from tpshard.frames import Frame, Tensor, safetensors_frame
+from tpshard.header import DTYPE_BITS, DTYPE_ORDER, byte_count
 from tpshard.layout import Layout, Piece, Shape, Shard, in_bytes
+from tpshard.views import View
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,15 +116,67 @@ class Item:
 
 
 @dataclass(frozen=True, slots=True)
+class Targets:
+    """Where one item's shards go, by rank: the byte at which each begins in its file; ``views``: of those that are not
+    one run there; ``files``: which of the outputs written together each is in (None: the one of its number)."""
+
+    starts: tuple[int, ...]
+    views: tuple[View | None, ...] | None = None
+    files: tuple[int, ...] | None = None
+
+    def view(self, rank: int) -> View | None:
+        return self.views[rank] if self.views else None
+
+    def file(self, rank: int) -> int:
+        return self.files[rank] if self.files else rank
+
+
+class Arrangement(Protocol):
+    """How items lie in output files. ``in_order``: a file's bytes are its head, then its items' one after another."""
+
+    @property
+    def in_order(self) -> bool: ...
+
+    def frame(self, plan: Plan, output: Output) -> Frame:
+        """What the file's format puts around its tensors."""
+
+    def targets(self, plan: Plan, outputs: Sequence[Output], frames: Sequence[Frame]) -> Iterator[Targets]:
+        """Of each item of the outputs written together, in their order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """Safetensors files with each item under its own name, one after another. ``describe`` gives their metadata."""
+
+    describe: Callable[[Output], Mapping[str, str]]
+    in_order: bool = True
+
+    def frame(self, plan: Plan, output: Output) -> Frame:
+        held = [
+            Tensor(item.stored.name, item.stored.dtype, shard.shape)
+            for item in plan.items[output.first : output.last]
+            if (shard := item.want.shards[output.rank]) is not None
+        ]
+        return safetensors_frame(held, self.describe(output))
+
+    def targets(self, plan: Plan, outputs: Sequence[Output], frames: Sequence[Frame]) -> Iterator[Targets]:
+        ends = np.array([len(frame.head) for frame in frames], np.int64)
+        items = plan.items[outputs[0].first : outputs[0].last]
+        for sizes in bytes_of_ranks(items):
+            yield Targets(tuple(ends.tolist()))
+            ends += np.array(sizes, np.int64)
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Everything that will be written. ``items`` lie in the order in which every file holds its own; ``outputs`` come
-    part by part, and in a part rank by rank. ``describe`` gives an output file's metadata."""
+    part by part, those of one part are written together and have the same items."""
 
     source: Checkpoint
     items: tuple[Item, ...]
     outputs: tuple[Output, ...]
     ranks: int
-    describe: Callable[[Output], Mapping[str, str]]
+    arrangement: Arrangement
 
     def transfers(self) -> Iterator[tuple[Item, Transfer]]:
         cached: dict[tuple[Layout, Layout, int], Transfer] = {}
@@ -133,14 +189,10 @@ class Plan:
                     raise InputError(f"{printable(item.stored.name)}: {error.message}", hint=error.hint) from None
             yield item, cached[key]
 
-    def header(self, output: Output) -> bytes:
-        """An output file's first bytes."""
-        held = (
-            (item.stored.name, item.stored.dtype, shard.shape)
-            for item in self.items[output.first : output.last]
-            if (shard := item.want.shards[output.rank]) is not None
-        )
-        return header_bytes(held, self.describe(output))
+    def parts(self) -> Iterator[tuple[Output, ...]]:
+        """The outputs that are written together."""
+        for _, group in itertools.groupby(self.outputs, key=lambda output: output.part):
+            yield tuple(group)
 
 
 def bytes_of_ranks(items: Iterable[Item]) -> Iterator[tuple[int, ...]]:

@@ -86,7 +86,7 @@ class Staging:
         with storage_errors(path):
             self._make_folders(path.parent)
             self._created.append(path)  # before it is: an interrupt may come between
-            return path.open("xb", buffering=buffering)
+            return path.open("x+b", buffering=buffering)
 
     def write(self, name: str, content: bytes) -> None:
         """A new file with this content."""
