@@ -18,7 +18,8 @@ from tests.architectures import architectures
 from tests.proof import save
 from tests.tampering import NUMPY, Folder, Tensors, read_file, write_file
 from tests.tiny_models import SIZES, save_model
-from tpshard.convert import plan_split, run
+from tpshard.conversion import run
+from tpshard.convert import plan_split
 from tpshard.layout import Layout, Shard, Span
 from tpshard.library import choose_policy
 from tpshard.mesh import Grid, Mesh

@@ -13,7 +13,8 @@ import transformers
 from tests import tiny_models
 from tests.architectures import Architecture
 from tests.build import load
-from tpshard.convert import Conversion, plan_merge, plan_split, run
+from tpshard.conversion import Conversion, run
+from tpshard.convert import plan_merge, plan_split
 from tpshard.header import byte_count
 from tpshard.verify.report import Report, Verdict
 from tpshard.verify.request import Request

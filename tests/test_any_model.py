@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from tests import some_models
-from tpshard.convert import plan_merge, plan_split, run
+from tpshard.conversion import run
+from tpshard.convert import plan_merge, plan_split
 from tpshard.errors import UsageError
 from tpshard.verify.report import Report, Verdict
 from tpshard.verify.request import Level, Request

@@ -32,7 +32,8 @@ from tests.build import (
     tiny_checkpoint,
     tree,
 )
-from tpshard.convert import Options, plan_merge, plan_reshard, plan_split, run
+from tpshard.conversion import Options, run
+from tpshard.convert import plan_merge, plan_reshard, plan_split
 from tpshard.errors import InputError, PolicyError, StorageError, TpshardError, UsageError
 from tpshard.layout import Shard, Span
 

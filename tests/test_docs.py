@@ -53,7 +53,8 @@ def test_manifest_matches_its_schema(tmp_path: Path) -> None:
     import jsonschema
 
     from tests.tiny_models import save_model
-    from tpshard.convert import plan_split, run
+    from tpshard.conversion import run
+    from tpshard.convert import plan_split
 
     save_model("qwen2", tmp_path / "model", kv_heads=2)
     run(plan_split(tmp_path / "model", tmp_path / "shards", 2))

@@ -17,7 +17,8 @@ from tests import tiny_models
 from tests.architectures.decoders import FREE
 from tests.build import load
 from tpshard.checkpoint import Stored, open_full, open_shards
-from tpshard.convert import plan_merge, plan_reshard, plan_split, run
+from tpshard.conversion import run
+from tpshard.convert import plan_merge, plan_reshard, plan_split
 from tpshard.errors import PolicyError, TpshardError, UsageError
 from tpshard.layout import Layout
 from tpshard.mesh import Grid, Mesh

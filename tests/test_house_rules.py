@@ -24,11 +24,14 @@ FLOORS: list[tuple[str, ...]] = [
     ("policy_names", "policy_heads", "policy_layers", "policy_ways", "policy_draft"),
     ("policy_text", "policy_search", "policy_init"),
     ("staging", "sources", "quantised_layer", "quantised_packed", "quantised_formats", "quantised"),
-    ("outputs", "execute", "carrying", "convert", "summary", "demo"),
+    ("outputs", "execute", "carrying", "conversion"),
+    ("engines.__init__", "engines.names", "engines.profile", "engines.profile_parsing", "engines.shelf"),
+    ("engines.joints", "engines.rules", "engines.inference", "engines.opening", "engines.writing"),
+    ("convert", "summary", "demo"),
     ("verify.report", "verify.slots", *FAMILIES, "verify.families.__init__"),
     ("verify.axes", "verify.differences", "verify.ties", "verify.siblings", "verify.layout", "verify.grid_layout"),
     ("verify.adapter_layout_check",),
-    ("verify.folding", "verify.files", "verify.weights", "verify.companions", "verify.request"),
+    ("verify.folding", "verify.files", "verify.engine_files", "verify.weights", "verify.companions", "verify.request"),
     ("verify.values", "verify.dequantise", "verify.logical"),
     ("verify.blocks", "verify.block_tensor", "verify.block_products", "verify.block_operations", "verify.generic"),
     ("verify.adapter_weights",),
@@ -59,7 +62,7 @@ WITH_TORCH = {name for name in ORDER if name.startswith("verify.")} - {
     "verify.report", "verify.slots", *FAMILIES, "verify.families.__init__",
     "verify.axes", "verify.differences", "verify.ties", "verify.siblings", "verify.layout", "verify.grid_layout",
     "verify.folding", "verify.companions", "verify.adapter_layout_check",
-    "verify.files", "verify.weights", "verify.request", "verify.run", "verify.__init__", "verify.smaller",
+    "verify.files", "verify.engine_files", "verify.weights", "verify.request", "verify.run", "verify.__init__", "verify.smaller",
 }  # fmt: skip
 
 

@@ -30,7 +30,8 @@ from tests.planting import (
 )
 from tests.test_policies import variants
 from tpshard.checkpoint import Checkpoint, open_shards
-from tpshard.convert import plan_split, run
+from tpshard.conversion import run
+from tpshard.convert import plan_split
 from tpshard.layout import Layout, Shard
 from tpshard.library import builtin_policies
 from tpshard.roles import Role

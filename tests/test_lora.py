@@ -24,7 +24,8 @@ from tpshard import api
 from tpshard.adapter_folder import read_base
 from tpshard.checkpoint import open_shards
 from tpshard.cli.main import _run
-from tpshard.convert import plan_adapter_split, plan_reshard, run
+from tpshard.conversion import run
+from tpshard.convert import plan_adapter_split, plan_reshard
 from tpshard.layout import Box, Layout
 from tpshard.plan import Item
 from tpshard.verify.adapter_checks import merged_weights

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from tests.bench.measure import run as measured
 from tests.bench.models import llama_of
-from tpshard.convert import plan_split, run
+from tpshard.conversion import run
+from tpshard.convert import plan_split
 
 BLOCKS_ONLY = """
 import sys

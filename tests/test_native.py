@@ -14,7 +14,8 @@ import transformers
 from tests.tampering import Folder
 from tests.tiny_models import build, make_config
 from tpshard.checkpoint import open_full, open_shards
-from tpshard.convert import plan_split, run
+from tpshard.conversion import run
+from tpshard.convert import plan_split
 from tpshard.verify import native
 from tpshard.verify.execution import Outcome
 from tpshard.verify.native import NativeFigures, _figures, native_dtype, native_figures

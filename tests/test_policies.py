@@ -16,7 +16,8 @@ from tests.proof import Arrays, config_of, cut_arrays
 from tests.tiny_models import save_model
 from tpshard.assignment import match_all
 from tpshard.checkpoint import Checkpoint, open_full
-from tpshard.convert import plan_split, run
+from tpshard.conversion import run
+from tpshard.convert import plan_split
 from tpshard.document import parse_documents
 from tpshard.errors import PolicyError
 from tpshard.layout import Shape

@@ -23,7 +23,8 @@ from tests.proof import save
 from tests.test_layout_check import changed
 from tests.test_policies import rows
 from tpshard.checkpoint import Checkpoint, open_full, open_shards
-from tpshard.convert import plan_merge, plan_split, run
+from tpshard.conversion import run
+from tpshard.convert import plan_merge, plan_split
 from tpshard.layout import Layout, Shard, Span
 from tpshard.library import choose_policy
 from tpshard.mesh import Grid, Mesh

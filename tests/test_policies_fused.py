@@ -13,7 +13,8 @@ from tests.architectures import Architecture, architectures, fused, llama_kin
 from tests.proof import Arrays, cut_arrays, save
 from tests.test_policies import old_buffers, rows, variants
 from tpshard.checkpoint import open_full
-from tpshard.convert import plan_split, run
+from tpshard.conversion import run
+from tpshard.convert import plan_split
 from tpshard.errors import PolicyError
 from tpshard.library import builtin_policies, choose_policy
 from tpshard.stages import deal_stages

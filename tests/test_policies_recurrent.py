@@ -20,7 +20,8 @@ from tests.proof import Arrays, cut_arrays, save
 from tests.test_layout_check import changed, one_of_each_kind, said
 from tests.test_policies import rows
 from tpshard.checkpoint import Checkpoint, open_shards
-from tpshard.convert import plan_split, run
+from tpshard.conversion import run
+from tpshard.convert import plan_split
 from tpshard.errors import PolicyError
 from tpshard.layout import Layout
 from tpshard.library import builtin_policies

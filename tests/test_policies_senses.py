@@ -20,7 +20,8 @@ from tests.build import load
 from tests.proof import config_of, save
 from tests.test_policies import rows
 from tpshard.checkpoint import open_full
-from tpshard.convert import plan_split, run
+from tpshard.conversion import run
+from tpshard.convert import plan_split
 from tpshard.errors import PolicyError
 from tpshard.expressions import evaluate
 from tpshard.library import builtin_policies, choose_policy

@@ -13,7 +13,8 @@ from tests.proof import Arrays, cut_arrays, save
 from tests.test_layout_check import changed, said, with_config
 from tests.test_policies import rows
 from tpshard.checkpoint import Checkpoint, open_shards
-from tpshard.convert import plan_split, run
+from tpshard.conversion import run
+from tpshard.convert import plan_split
 from tpshard.errors import PolicyError
 from tpshard.verify.report import Verdict
 from tpshard.verify.request import Request

@@ -12,7 +12,8 @@ import transformers
 from tests import sessions, tiny_models
 from tests.architectures.experts import DBRX
 from tpshard.cli.main import _run
-from tpshard.convert import plan_merge, plan_split, run
+from tpshard.conversion import run
+from tpshard.convert import plan_merge, plan_split
 from tpshard.library import read_policies
 from tpshard.policy import KINDS, POLICY_KEYS, RULE_KEYS
 from tpshard.verify.report import Verdict

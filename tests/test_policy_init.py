@@ -12,7 +12,8 @@ import transformers
 
 from tests import tiny_models
 from tpshard.cli.main import _run
-from tpshard.convert import plan_split, run
+from tpshard.conversion import run
+from tpshard.convert import plan_split
 from tpshard.library import builtin_policies, policies_of_text
 from tpshard.policy_draft import draft
 from tpshard.policy_init import Source, make_policy

@@ -20,7 +20,8 @@ from tests.architectures.experts import LATENT
 from tests.quantised_models import FORMATS, SIZES, Tensors, layers_of, nibbles, quantise
 from tpshard.checkpoint import open_checkpoint, open_full, open_shards
 from tpshard.companions import DENSE, assign_stored
-from tpshard.convert import plan_merge, plan_reshard, plan_split, run
+from tpshard.conversion import run
+from tpshard.convert import plan_merge, plan_reshard, plan_split
 from tpshard.errors import InputError, PolicyError
 from tpshard.layout import Box, Layout, Span
 from tpshard.library import choose_policy

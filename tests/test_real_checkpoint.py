@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from tpshard.convert import plan_merge, plan_split, run
+from tpshard.conversion import run
+from tpshard.convert import plan_merge, plan_split
 from tpshard.verify.report import Verdict
 from tpshard.verify.request import Request
 from tpshard.verify.run import verify

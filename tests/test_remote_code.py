@@ -15,7 +15,8 @@ from tests.proof import CHECKS
 from tests.remote_models import REMOTE
 from tpshard.assignment import match_all
 from tpshard.checkpoint import open_full
-from tpshard.convert import plan_merge, plan_split, run
+from tpshard.conversion import run
+from tpshard.convert import plan_merge, plan_split
 from tpshard.library import builtin_policies, choose_policy
 from tpshard.verify.families import FAMILIES
 from tpshard.verify.report import Report, Verdict

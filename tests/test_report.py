@@ -23,7 +23,8 @@ from tpshard.cli.junit import report_xml
 from tpshard.cli.main import _run
 from tpshard.cli.markdown import escaped, report_markdown
 from tpshard.cli.report_text import MOST_FINDINGS, MOST_ROWS, report_text
-from tpshard.convert import plan_split, run
+from tpshard.conversion import run
+from tpshard.convert import plan_split
 from tpshard.demo import make_checkpoint
 from tpshard.errors import TpshardError
 from tpshard.verify.report import CheckResult, Finding, Report, Table, Verdict, error_size

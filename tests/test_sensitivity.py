@@ -18,7 +18,8 @@ from torch.nn import functional as F  # noqa: N812
 from tests.block_models import Net, cuts_of, of_t5, t5
 from tests.in_memory import Cut, InMemory, evenly, random_state, subject_of
 from tests.tiny_models import save_model
-from tpshard.convert import plan_split, run
+from tpshard.conversion import run
+from tpshard.convert import plan_split
 from tpshard.layout import Box
 from tpshard.verify import block_products, record, sensitivity
 from tpshard.verify.canaries import canaries

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from tests.build import POLICY, tiny_checkpoint, tree
-from tpshard.convert import Conversion, plan_merge, plan_split, run
+from tpshard.conversion import Conversion, run
+from tpshard.convert import plan_merge, plan_split
 from tpshard.errors import StorageError, UsageError
 from tpshard.staging import Staging, check_space
 

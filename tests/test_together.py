@@ -17,7 +17,8 @@ from tests import a_model, some_models
 from tests.tampering import Folder, write_file
 from tests.test_verify import POLICY
 from tests.tiny_models import save_model
-from tpshard.convert import plan_split, run
+from tpshard.conversion import run
+from tpshard.convert import plan_split
 from tpshard.errors import UsageError
 from tpshard.launch import Launch, launched
 from tpshard.verify.request import Request

@@ -17,7 +17,8 @@ import transformers
 from tests import a_model, tiny_models
 from tests.tampering import Folder, read_file, write_file
 from tests.tiny_models import save_model
-from tpshard.convert import plan_merge, plan_split, run
+from tpshard.conversion import run
+from tpshard.convert import plan_merge, plan_split
 from tpshard.errors import InputError, TpshardError, UsageError
 from tpshard.layout import Layout, Span
 from tpshard.verify.gradients import Difference

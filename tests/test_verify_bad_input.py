@@ -22,7 +22,8 @@ from tests.tampering import Folder, Tensors, read_file, write_file
 from tests.test_verify import POLICY, split_net
 from tests.tiny_models import save_model
 from tpshard.cli.main import _run
-from tpshard.convert import plan_split, run
+from tpshard.conversion import run
+from tpshard.convert import plan_split
 from tpshard.errors import UsageError
 from tpshard.layout import Box
 from tpshard.verify import files, native

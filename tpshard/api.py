@@ -18,9 +18,9 @@ from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
 
-from tpshard import convert
+from tpshard import conversion, convert
 from tpshard.checkpoint import Checkpoint, open_checkpoint
-from tpshard.convert import DEFAULT_DIGEST, Done, Options
+from tpshard.conversion import DEFAULT_DIGEST, Done, Options
 from tpshard.mesh import Grid, Mesh
 from tpshard.verify.report import Report
 from tpshard.verify.request import Level, Request
@@ -60,8 +60,8 @@ def split(
     if base is not None:
         adapter, model = Path(source), Path(base)
         planned = convert.plan_adapter_split(adapter, Path(target), grid, model, policy, options, names_on_disk)
-        return convert.run(planned, options)
-    return convert.run(convert.plan_split(Path(source), Path(target), grid, policy, options), options)
+        return conversion.run(planned, options)
+    return conversion.run(convert.plan_split(Path(source), Path(target), grid, policy, options), options)
 
 
 def merge(
@@ -74,7 +74,7 @@ def merge(
 ) -> Done:
     """Rebuild the full checkpoint from a shard folder; every tensor must have its recorded digest."""
     options = Options(max_shard_size=max_shard_size, workers=workers, progress=progress)
-    return convert.run(convert.plan_merge(Path(source), Path(target), options), options)
+    return conversion.run(convert.plan_merge(Path(source), Path(target), options), options)
 
 
 def reshard(
@@ -94,7 +94,7 @@ def reshard(
     """Recut a shard folder for other ranks (as in ``split``), by the policy it was cut with unless another is given."""
     options = Options(max_shard_size=max_shard_size, workers=workers, progress=progress)
     grid = Grid(Mesh(tp=tp, ep=ep, pp=pp), expert_parallel, stages)
-    return convert.run(convert.plan_reshard(Path(source), Path(target), grid, policy, options), options)
+    return conversion.run(convert.plan_reshard(Path(source), Path(target), grid, policy, options), options)
 
 
 def verify(

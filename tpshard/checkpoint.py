@@ -98,7 +98,7 @@ def open_full(folder: Path, found: WeightFiles | None = None) -> Checkpoint:
     tensors: dict[str, Stored] = {}
     for index, name in enumerate(found.names):
         header = read_header(folder / name)
-        files.append(_weight_file(folder, name, header))
+        files.append(weight_file(folder, name, header))
         for tensor, entry in header.entries.items():
             if tensor in tensors:
                 other = files[tensors[tensor].source].name
@@ -179,7 +179,7 @@ class Opening:
                 hint="were files of two runs mixed, or renamed?",
             )
         self._where[record.rank, record.part] = len(self.files)
-        self.files.append(_weight_file(self.folder, record.name, header))
+        self.files.append(weight_file(self.folder, record.name, header))
         self._headers.append(header)
         self._claimed.append(set())
 
@@ -223,7 +223,8 @@ class Opening:
         )
 
 
-def _weight_file(folder: Path, name: str, header: Header) -> WeightFile:
+def weight_file(folder: Path, name: str, header: Header) -> WeightFile:
+    """A file whose header was read."""
     path = folder / name
     return WeightFile(name, path, header.file_size, header.metadata, _identity(path))
 

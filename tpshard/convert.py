@@ -3,91 +3,46 @@
 from __future__ import annotations
 
 import json
-import os
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from tpshard.adapter_folder import OF_THE_BASE, AskNames, Base, assign_by_base, open_with_base, recorded_base
 from tpshard.assignment import Assigned
-from tpshard.carrying import carry, written_beside
-from tpshard.checkpoint import Checkpoint, open_full, open_shards
+from tpshard.checkpoint import Checkpoint, open_full
 from tpshard.companions import assign_stored
+from tpshard.conversion import DEFAULT_MAX_SHARD_SIZE, Conversion, Options
+from tpshard.engines.opening import NATIVE, Source
+from tpshard.engines.writing import plan_engine
 from tpshard.errors import UsageError
-from tpshard.execute import Written, execute
 from tpshard.folder import MANIFEST_NAME
 from tpshard.header import byte_count
 from tpshard.layout import Layout
-from tpshard.library import choose_policy, policy_as_data, policy_from_data
-from tpshard.manifest import CarriedRecord, Manifest, SourceFile, TensorRecord, manifest_bytes, shard_spans
+from tpshard.library import choose_policy, policy_from_data
+from tpshard.manifest import Manifest, shard_spans
 from tpshard.mesh import Grid, Mesh
-from tpshard.plan import Item, Output, Plain, Plan, arrange, bytes_of_ranks
+from tpshard.plan import Item, Output, Plain, Plan, arrange
 from tpshard.policy import Policy
 from tpshard.quantised import read_quantised
-from tpshard.roles import Role
-from tpshard.staging import Staging, check_space, check_target
-
-DEFAULT_MAX_SHARD_SIZE = 5 * 10**9
-DEFAULT_DIGEST = "xxh3-128"
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How to write. ``max_shard_size`` in bytes (None: the default); ``progress`` is called with bytes read."""
-
-    max_shard_size: int | None = None
-    digest: str = DEFAULT_DIGEST
-    workers: int = 0
-    progress: Callable[[int], object] = lambda count: None
-
-    @property
-    def threads(self) -> int:
-        return self.workers or min(8, os.cpu_count() or 1)
-
-
-@dataclass(frozen=True, slots=True)
-class Conversion:
-    """A planned conversion, ready to be shown or run. ``policy``, ``roles`` and ``mesh`` are set where shards are
-    written; ``beside``: files to be carried that are not in the source's folder."""
-
-    plan: Plan
-    target: Path
-    policy: Policy | None
-    roles: Mapping[str, Role]
-    warnings: tuple[str, ...]
-    mesh: Mesh | None = None
-    beside: Mapping[str, bytes] = field(default_factory=dict)
-
-    @property
-    def disk_needed(self) -> int:
-        """Bytes of all weight files without their headers, which are less than the margin that is asked for."""
-        return sum(map(sum, bytes_of_ranks(self.plan.items)))
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """What a conversion wrote; seconds are wall time, fsync apart."""
-
-    written: Written
-    tensors: int
-    bytes_read: int
-    bytes_written: int
-    seconds: float
-    sync_seconds: float
+from tpshard.staging import check_target
 
 
 def plan_split(
-    source: Path, target: Path, ranks: int | Grid, policy: str = "auto", options: Options = Options()
+    source: Path,
+    target: Path,
+    ranks: int | Grid,
+    policy: str = "auto",
+    options: Options = Options(),
+    engine: str = NATIVE,
 ) -> Conversion:
-    """Plan to cut a full checkpoint for tensor-parallel ranks, or a grid; reads headers only. Raises any
-    TpshardError."""
+    """Plan to cut a full checkpoint for tensor-parallel ranks, or a grid, in an engine's files; reads headers only.
+    Raises any TpshardError."""
     if (source / MANIFEST_NAME).exists():
         raise UsageError(f"{source}: is a shard folder already", hint="tpshard reshard cuts it for other ranks")
     check_target(target, source)
     checkpoint = open_full(source)
-    return _to_shards(checkpoint, target, Grid.of(ranks), choose_policy(policy, checkpoint.config), options)
+    return _to_ranks(checkpoint, target, Grid.of(ranks), choose_policy(policy, checkpoint.config), options, engine)
 
 
 def plan_adapter_split(
@@ -111,33 +66,41 @@ def plan_adapter_split(
 
 
 def plan_reshard(
-    source: Path, target: Path, ranks: int | Grid, policy: str | None = None, options: Options = Options()
+    source: Path | Source,
+    target: Path,
+    ranks: int | Grid,
+    policy: str | None = None,
+    options: Options = Options(),
+    engine: str = NATIVE,
 ) -> Conversion:
-    """Plan to recut a shard folder for other ranks, by the policy it was cut with unless another is given."""
-    check_target(target, source)
-    checkpoint = open_shards(source)
+    """Plan to recut a folder of ranks' files for other ranks, or another engine, by the policy it was cut with unless
+    another is given."""
+    given = source if isinstance(source, Source) else Source(source)
+    check_target(target, given.folder)
+    checkpoint = given.open(policy or "auto")
     assert checkpoint.manifest is not None
     base = recorded_base(checkpoint)
     if policy is None:
-        chosen = policy_from_data(checkpoint.manifest.policy_documents, str(source / MANIFEST_NAME))
+        chosen = policy_from_data(checkpoint.manifest.policy_documents, str(given.folder / MANIFEST_NAME))
     else:
         chosen = choose_policy(policy, base.config if base else checkpoint.config)
     if base is not None:
         return _adapter_to_shards(checkpoint, target, Grid.of(ranks), chosen, base, options)
-    return _to_shards(checkpoint, target, Grid.of(ranks), chosen, options)
+    return _to_ranks(checkpoint, target, Grid.of(ranks), chosen, options, engine)
 
 
-def plan_merge(source: Path, target: Path, options: Options = Options()) -> Conversion:
+def plan_merge(source: Path | Source, target: Path, options: Options = Options()) -> Conversion:
     """Plan to rebuild the full checkpoint: in the files it came in, or in parts of ``options.max_shard_size``."""
-    check_target(target, source)
-    opened = open_shards(source)
+    given = source if isinstance(source, Source) else Source(source)
+    check_target(target, given.folder)
+    opened = given.open()
     checkpoint = replace(opened, carried=tuple(name for name in opened.carried if name not in OF_THE_BASE))
     assert checkpoint.manifest is not None
     items = [Item(tensor, Layout.replicated(tensor.shape, 1)) for tensor in checkpoint.tensors.values()]
-    if options.max_shard_size is None:
+    if options.max_shard_size is None and checkpoint.manifest.sources:
         groups, names, metadata = _as_it_was(checkpoint.manifest, items)
     else:
-        groups = arrange(items, 1, options.max_shard_size)
+        groups = arrange(items, 1, options.max_shard_size or DEFAULT_MAX_SHARD_SIZE)
         names = _hf_names(len(groups))
         metadata = [{"format": "pt"}] * len(groups)
     outputs, first = [], 0
@@ -149,40 +112,14 @@ def plan_merge(source: Path, target: Path, options: Options = Options()) -> Conv
     return Conversion(plan, target, None, {}, checkpoint.warnings)
 
 
-def run(conversion: Conversion, options: Options = Options()) -> Done:
-    """Carry out a planned conversion. The target is complete afterwards, or as it was before."""
-    plan, target = conversion.plan, conversion.target
-    check_target(target, plan.source.folder)
-    check_space(target, conversion.disk_needed)
-    begin = time.monotonic()
-    algorithm = plan.source.manifest.algorithm if plan.source.manifest else options.digest
-    with Staging(target) as staging:
-        written = execute(plan, staging, algorithm, options.threads, options.progress)
-        carried = tuple(carry(plan.source, name, staging, algorithm) for name in plan.source.carried)
-        beside = conversion.beside.items()
-        carried += tuple(written_beside(name, content, staging, algorithm) for name, content in beside)
-        copied = time.monotonic()
-        staging.sync()
-        if conversion.policy is None:
-            _write_index(plan, staging)
-        else:
-            staging.write(MANIFEST_NAME, manifest_bytes(_manifest(conversion, written, carried, algorithm)))
-        staging.commit()
-    end = time.monotonic()
-    return Done(
-        written=written,
-        tensors=len(plan.items),
-        bytes_read=sum(file.size for file in plan.source.files),
-        bytes_written=sum(record.size for record in written.files),
-        seconds=copied - begin,
-        sync_seconds=end - copied,
-    )
-
-
 # ---------------------------------------------------------------------------------------------- to shards
 
 
-def _to_shards(checkpoint: Checkpoint, target: Path, grid: Grid, policy: Policy, options: Options) -> Conversion:
+def _to_ranks(
+    checkpoint: Checkpoint, target: Path, grid: Grid, policy: Policy, options: Options, engine: str
+) -> Conversion:
+    if engine != NATIVE:
+        return plan_engine(checkpoint, target, grid, policy, options, engine)
     sizes = {name: byte_count(tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()}
     quantised = read_quantised(checkpoint)
     assigned = assign_stored(policy, checkpoint.config, checkpoint.shapes, sizes, grid, quantised)
@@ -250,40 +187,6 @@ def _self_description(items: Sequence[Item], mesh: Mesh, parts: int, output: Out
     }
 
 
-def _manifest(conversion: Conversion, written: Written, carried: tuple[CarriedRecord, ...], algorithm: str) -> Manifest:
-    plan, policy = conversion.plan, conversion.policy
-    assert policy is not None
-    assert conversion.mesh is not None
-    part_of = {
-        index: output.part for output in plan.outputs if output.rank == 0 for index in range(output.first, output.last)
-    }
-    records = {
-        item.stored.name: TensorRecord(
-            item.stored.name,
-            item.stored.dtype,
-            item.want,
-            conversion.roles[item.stored.name],
-            part_of[index],
-            item.stored.source,
-            written.digests[index],
-            written.shards[index],
-        )
-        for index, item in enumerate(plan.items)
-    }
-    origin = plan.source.manifest
-    sources = origin.sources if origin else tuple(SourceFile(f.name, f.metadata) for f in plan.source.files)
-    return Manifest(
-        mesh=conversion.mesh,
-        algorithm=algorithm,
-        policy=policy.name,
-        policy_documents=policy_as_data(policy),
-        sources=sources,
-        tensors=tuple(records[name] for name in plan.source.tensors),  # the source's own order, for merge
-        files=tuple(sorted(written.files, key=lambda file: (file.rank, file.part))),
-        carried=carried,
-    )
-
-
 # ---------------------------------------------------------------------------------------------- to full
 
 
@@ -302,16 +205,3 @@ def _hf_names(count: int) -> list[str]:
     if count == 1:
         return ["model.safetensors"]
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-
-
-def _write_index(plan: Plan, staging: Staging) -> None:
-    """Hugging Face's index, where there is more than one file."""
-    if len(plan.outputs) == 1:
-        return
-    weight_map = {
-        item.stored.name: output.name for output in plan.outputs for item in plan.items[output.first : output.last]
-    }
-    total = sum(map(sum, bytes_of_ranks(plan.items)))
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    content = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
-    staging.write("model.safetensors.index.json", content.encode("utf-8"))

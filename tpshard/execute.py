@@ -283,7 +283,7 @@ class _Run:
             if tensor.open:
                 return
             digest, record = tensor.whole.hexdigest(), tensor.stored.record
-            if record is not None and digest != record.digest:
+            if record is not None and record.digest not in ("", digest):
                 raise InputError(
                     f"{printable(tensor.stored.name)}: the rebuilt bytes have digest {digest}, the manifest recorded "
                     f"{record.digest}",

@@ -68,7 +68,7 @@ def policy_from_data(documents: Sequence[object], file: str) -> Policy:
     if not documents:
         raise PolicyError(f"{file}: no policy is recorded", hint="give one with --policy")
     levels = [parse_policy(_node(document, Mark(file, 1, 1), "policy"), shared=True) for document in documents]
-    return _stack(levels)
+    return stack(levels)
 
 
 def _node(value: object, mark: Mark, trail: str) -> Node:
@@ -113,12 +113,12 @@ def _resolved(own: Sequence[Policy], known: Mapping[str, Policy]) -> dict[str, P
         else:
             hint = did_you_mean(policy.extends, [*raw, *known])
             raise PolicyError(f"{policy.mark}: extends '{policy.extends}', which does not exist", hint=hint)
-        return _stack([policy, base])
+        return stack([policy, base])
 
     return {name: resolve(policy, (name,)) for name, policy in raw.items()}
 
 
-def _stack(policies: Sequence[Policy]) -> Policy:
+def stack(policies: Sequence[Policy]) -> Policy:
     """The first policy, with the rules, variables, stages and default of the others behind its own."""
     first = policies[0]
     variables = {key: value for policy in reversed(policies) for key, value in policy.variables.items()}

@@ -25,6 +25,7 @@ KEYS = frozenset(
         "version",
         "ranks",
         "mesh",
+        "engine",
         "digest",
         "policy",
         "sources",
@@ -92,6 +93,9 @@ class TensorRecord:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
+    """``engine``: whose files these are; empty for tpshard's own. ``recorded``: False where there is no manifest, and
+    this is what it would say; digests are then empty."""
+
     mesh: Mesh
     algorithm: str
     policy: str
@@ -100,6 +104,8 @@ class Manifest:
     tensors: tuple[TensorRecord, ...]
     files: tuple[FileRecord, ...]
     carried: tuple[CarriedRecord, ...]
+    engine: str = ""
+    recorded: bool = True
 
     @property
     def ranks(self) -> int:
@@ -132,6 +138,7 @@ def manifest_bytes(manifest: Manifest) -> bytes:
         "version": VERSION,
         "ranks": manifest.ranks,
         "mesh": manifest.mesh.as_data(),
+        "engine": manifest.engine,
         "digest": manifest.algorithm,
         "policy": {"name": manifest.policy, "documents": list(manifest.policy_documents)},
         "sources": [{"name": s.name, "metadata": dict(sorted(s.metadata.items()))} for s in manifest.sources],

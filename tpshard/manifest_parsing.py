@@ -66,6 +66,7 @@ def _manifest_from(data: Mapping[str, Any]) -> Manifest:
         raise InputError(f"a layout has not {ranks} ranks")
     manifest = Manifest(
         mesh=mesh,
+        engine=str(data["engine"]),
         algorithm=data["digest"],
         policy=str(data["policy"]["name"]),
         policy_documents=tuple(data["policy"]["documents"]),
@@ -143,7 +144,7 @@ def _tensor_from(item: Mapping[str, Any], layouts: Sequence[Layout], roles: Sequ
 
 def _file_from(item: Mapping[str, Any]) -> FileRecord:
     rank, part, size = _count(item["rank"], "rank"), _count(item["part"], "part"), _count(item["size"], "size")
-    return FileRecord(_bare(item["name"]), rank, part, size, str(item["digest"]))
+    return FileRecord(_relative(item["name"]), rank, part, size, str(item["digest"]))
 
 
 def _count(value: object, what: str) -> int:

@@ -158,6 +158,16 @@ def channels(rule: Rule, policy: Policy, config: Mapping[str, Any], shape: Shape
     return _blocks(rule, shape[axis], _calculator(rule, policy, config), 1)[0].count
 
 
+def units_of(rule: Rule, policy: Policy, config: Mapping[str, Any]) -> int | None:
+    """How many units the rule deals, where it says so without a shape: heads. None where it counts cells."""
+    compute = _calculator(rule, policy, config)
+    if rule.heads is not None:
+        return compute("heads", rule.heads)
+    if isinstance(rule.parts, tuple) and not isinstance(rule.parts[0], tuple):
+        return sum(compute("parts", count) for count in rule.parts if not isinstance(count, tuple))
+    return None
+
+
 def rule_layout(
     rule: Rule, policy: Policy, config: Mapping[str, Any], shape: Shape, ranks: int, grain: Grain = ANY
 ) -> Layout:

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from tpshard.convert import Conversion
+from tpshard.conversion import Conversion
 from tpshard.header import DTYPE_BITS, byte_count
 from tpshard.plan import bytes_of_ranks
 from tpshard.roles import Role

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from tpshard.cli import render
-from tpshard.convert import Conversion, Options, run
+from tpshard.conversion import Conversion, Options, run
 from tpshard.summary import summarise
 
 

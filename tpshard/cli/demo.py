@@ -10,7 +10,8 @@ import click
 
 from tpshard.cli import options, render
 from tpshard.cli.report_text import report_text
-from tpshard.convert import plan_merge, plan_split, run
+from tpshard.conversion import run
+from tpshard.convert import plan_merge, plan_split
 from tpshard.demo import make_checkpoint
 from tpshard.errors import UsageError
 from tpshard.verify.report import Verdict

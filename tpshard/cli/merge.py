@@ -8,16 +8,22 @@ import click
 
 from tpshard.cli import options
 from tpshard.cli.carry_out import Manner, carry_out
-from tpshard.convert import Options, plan_merge
+from tpshard.conversion import Options
+from tpshard.convert import plan_merge
+from tpshard.engines.opening import Source
+from tpshard.folder import config_of
 
 
 @click.command()
 @click.argument("source", metavar="SRC", type=options.FOLDER)
 @click.argument("target", metavar="DST", type=options.FOLDER)
+@options.apply(options.source_engine, options.config)
 @options.apply(options.max_shard_size, options.workers, options.dry_run, options.as_json, options.quiet)
 def merge(
     source: Path,
     target: Path,
+    source_engine: str | None,
+    config: Path | None,
     max_shard_size: int | None,
     workers: int | None,
     dry_run: bool,
@@ -34,4 +40,5 @@ def merge(
     tpshard merge llama-8b-tp4 llama-8b-again --max-shard-size 5GB
     """
     chosen = Options(max_shard_size=max_shard_size, workers=workers or 0)
-    carry_out("merge", plan_merge(source, target, chosen), chosen, Manner(quiet, as_json, dry_run=dry_run))
+    ranks = Source(source, source_engine, config_of(config) if config else None)
+    carry_out("merge", plan_merge(ranks, target, chosen), chosen, Manner(quiet, as_json, dry_run=dry_run))

@@ -62,6 +62,12 @@ tp = click.option("--tp", type=Count(), required=True, metavar="N", help="Number
 base = click.option(
     "--base", type=FOLDER, metavar="MODEL", help="The base model of a LoRA adapter: its folder, or its config.json."
 )
+engine = click.option(
+    "--engine", default="native", show_default=True, metavar="E", help="Whose files are written: tpshard engines lists."
+)
+source_engine = click.option("--from", "source_engine", metavar="E", help="Whose files SRC has; default: recognised.")
+config = click.option("--config", type=FILE, metavar="FILE", help="The model's config.json, where SRC has none.")
+no_manifest = click.option("--no-manifest", is_flag=True, help="Write the engine's files alone.")
 max_shard_size = click.option(
     "--max-shard-size", type=Size(), metavar="SIZE", help="Start a new file beyond this, e.g. 5GB, 4GiB."
 )

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from tpshard.convert import Conversion, Done
+from tpshard.conversion import Conversion, Done
 from tpshard.errors import UsageError, printable
 from tpshard.summary import Summary
 

@@ -8,7 +8,10 @@ import click
 
 from tpshard.cli import options
 from tpshard.cli.carry_out import Manner, carry_out
-from tpshard.convert import Options, plan_reshard
+from tpshard.conversion import Options, without_manifest
+from tpshard.convert import plan_reshard
+from tpshard.engines.opening import NATIVE, Source
+from tpshard.folder import config_of
 from tpshard.mesh import Grid
 
 
@@ -17,6 +20,9 @@ from tpshard.mesh import Grid
 @click.argument("target", metavar="DST", type=options.FOLDER)
 @options.grid
 @click.option("--policy", metavar="P", help="auto, a name or a YAML file; default: the policy SRC was cut with.")
+@options.apply(options.source_engine, options.config)
+@click.option("--to", "engine", metavar="E", help="Whose files are written; default: tpshard's own.", default=NATIVE)
+@options.no_manifest
 @options.apply(options.max_shard_size, options.workers, options.strict, options.dry_run)
 @options.apply(options.as_json, options.quiet)
 def reshard(
@@ -24,6 +30,10 @@ def reshard(
     target: Path,
     grid: Grid,
     policy: str | None,
+    source_engine: str | None,
+    config: Path | None,
+    engine: str,
+    no_manifest: bool,
     max_shard_size: int | None,
     workers: int | None,
     strict: bool,
@@ -31,13 +41,16 @@ def reshard(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Recut the shard folder SRC for N ranks, straight from shards to shards.
+    """Recut the shard folder SRC for N ranks, or for another engine, straight from shards to shards.
 
     Every tensor passes its recorded digest on the way. The result is the same as splitting the full checkpoint.
 
     \b
     tpshard reshard llama-8b-tp8 llama-8b-tp4 --tp 4
+    tpshard reshard megatron-tp4 llama-8b-vllm --tp 2 --to vllm
     """
     chosen = Options(max_shard_size=max_shard_size, workers=workers or 0)
-    conversion = plan_reshard(source, target, grid, policy, chosen)
+    ranks = Source(source, source_engine, config_of(config) if config else None)
+    conversion = plan_reshard(ranks, target, grid, policy, chosen, engine)
+    conversion = without_manifest(conversion) if no_manifest else conversion
     carry_out("reshard", conversion, chosen, Manner(quiet, as_json, strict, dry_run))

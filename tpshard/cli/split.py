@@ -8,7 +8,10 @@ import click
 
 from tpshard.cli import options
 from tpshard.cli.carry_out import Manner, carry_out
-from tpshard.convert import Options, plan_adapter_split, plan_split
+from tpshard.conversion import Options, without_manifest
+from tpshard.convert import plan_adapter_split, plan_split
+from tpshard.engines.opening import NATIVE
+from tpshard.errors import UsageError
 from tpshard.mesh import Grid
 from tpshard.verify.run import names_on_disk
 
@@ -19,6 +22,7 @@ from tpshard.verify.run import names_on_disk
 @options.grid
 @click.option("--policy", default="auto", show_default=True, metavar="P", help="auto, a built-in name, or a YAML file.")
 @options.base
+@options.apply(options.engine, options.no_manifest)
 @options.apply(options.max_shard_size, options.digest, options.workers, options.strict, options.dry_run)
 @options.apply(options.as_json, options.quiet)
 def split(
@@ -27,6 +31,8 @@ def split(
     grid: Grid,
     policy: str,
     base: Path | None,
+    engine: str,
+    no_manifest: bool,
     max_shard_size: int | None,
     digest: str,
     workers: int | None,
@@ -43,11 +49,15 @@ def split(
     tpshard split llama-8b llama-8b-tp4 --tp 4
     tpshard split llama-8b llama-8b-tp4 --tp 4 --dry-run
     tpshard split my-model shards --tp 2 --policy my-policy.yaml --max-shard-size 2GB
+    tpshard split llama-8b llama-8b-vllm --tp 4 --engine vllm
     tpshard split my-lora my-lora-tp4 --tp 4 --base llama-8b    # a LoRA adapter, cut as its base
     """
     chosen = Options(max_shard_size=max_shard_size, digest=digest, workers=workers or 0)
     if base is None:
-        conversion = plan_split(source, target, grid, policy, chosen)
+        conversion = plan_split(source, target, grid, policy, chosen, engine)
+    elif engine != NATIVE:
+        raise UsageError("an adapter is cut for tpshard's own shards only", hint="leave out --engine or --base")
     else:
         conversion = plan_adapter_split(source, target, grid, base, policy, chosen, names_on_disk)
+    conversion = without_manifest(conversion) if no_manifest else conversion
     carry_out("split", conversion, chosen, Manner(quiet, as_json, strict, dry_run))

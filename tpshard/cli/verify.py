@@ -23,6 +23,8 @@ FORMAT, VERSION = "tpshard-verify", 1  # of --json: docs/verify.schema.json
 @click.argument("folder", metavar="DST", type=options.FOLDER)
 @click.option("--against", metavar="SRC", type=options.FOLDER, help="The full checkpoint that was cut.")
 @options.base
+@click.option("--engine", metavar="E", help="Whose files DST has; default: recorded, or recognised.")
+@options.config
 @click.option("--level", type=click.Choice(LEVELS), help="The deepest check to run; default: all that can be run.")
 @click.option("--model", "factory", metavar="PKG.MOD:FUNC", help="Makes the model, where transformers cannot.")
 @click.option("--isolate", is_flag=True, help="List every faulty layer: ranks go on from the right numbers.")
@@ -40,6 +42,8 @@ def verify(
     folder: Path,
     against: Path | None,
     base: Path | None,
+    engine: str | None,
+    config: Path | None,
     level: str | None,
     factory: str | None,
     isolate: bool,
@@ -68,7 +72,7 @@ def verify(
     chosen = cast("Level | None", level)
     launch = launched()
     request = Request(folder, against, chosen, factory, workers or 0, isolate=isolate, device=device, launch=launch)
-    request = replace(request, timeout=timeout, base=base)
+    request = replace(request, timeout=timeout, base=base, engine=engine, config=config)
     if launch is not None and launch.rank > 0:
         return _silently(request)
     with junit_file(junit, folder) as write:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from tpshard.checkpoint import Checkpoint, Opening
 from tpshard.digest import hasher_factory
 from tpshard.errors import InputError, StorageError
 from tpshard.folder import MANIFEST_NAME
+from tpshard.manifest import CarriedRecord, FileRecord, Manifest
 from tpshard.manifest_parsing import read_manifest
 from tpshard.verify.report import CheckResult, Finding
 
@@ -32,7 +33,7 @@ def check_files(
         opening = Opening(folder, read_manifest(folder), only)
     except InputError as error:
         return CheckResult("files", (Finding(str(error), file=MANIFEST_NAME),)), None
-    findings = [*_header_findings(opening), *(_extra_findings(opening) if 0 in opening.only else [])]
+    findings = [*_header_findings(opening), *(extra_findings(folder, opening.manifest) if 0 in opening.only else [])]
     checkpoint = None
     if not findings:
         try:
@@ -40,8 +41,11 @@ def check_files(
         except InputError as error:
             findings.append(Finding(error.message, file="config.json"))
     known = {finding.file for finding in findings}
-    findings += [f for f in _digest_findings(opening, workers, progress) if f.what != MISSING or f.file not in known]
     manifest = opening.manifest
+    listed: list[FileRecord | CarriedRecord] = [*opening.records]
+    listed += manifest.carried if 0 in opening.only else ()
+    digests = digest_findings(folder, manifest.algorithm, listed, workers, progress)
+    findings += [f for f in digests if f.what != MISSING or f.file not in known]
     covered = {
         "files": len(opening.records) + (len(manifest.carried) if 0 in opening.only else 0),
         "tensors": len(manifest.tensors),
@@ -74,18 +78,24 @@ def _header_findings(opening: Opening) -> Iterator[Finding]:
             yield Finding(error.message, file=record.name, rank=record.rank)
 
 
-def _extra_findings(opening: Opening) -> Iterator[Finding]:
-    manifest = opening.manifest
+def extra_findings(folder: Path, manifest: Manifest) -> Iterator[Finding]:
+    """Files that the manifest does not list."""
     listed = {record.name for record in manifest.files} | {record.name for record in manifest.carried}
-    for path in sorted(opening.folder.rglob("*")):
-        name = path.relative_to(opening.folder).as_posix()
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
         if not path.is_dir() and name not in listed and name != MANIFEST_NAME:
             yield Finding("is not in the manifest", file=name)
 
 
-def _digest_findings(opening: Opening, workers: int, progress: Callable[[int], object]) -> list[Finding]:
-    """Files are read whole, several at a time."""
-    new_hasher = hasher_factory(opening.manifest.algorithm)
+def digest_findings(
+    folder: Path,
+    algorithm: str,
+    listed: Sequence[FileRecord | CarriedRecord],
+    workers: int,
+    progress: Callable[[int], object],
+) -> list[Finding]:
+    """Files that are missing or not as they were. Files are read whole, several at a time."""
+    new_hasher = hasher_factory(algorithm)
 
     def digest(path: Path) -> str | None:
         hasher, buffer = new_hasher(), memoryview(bytearray(CHUNK))
@@ -100,11 +110,9 @@ def _digest_findings(opening: Opening, workers: int, progress: Callable[[int], o
             raise StorageError(f"{path}: {error.strerror}") from None
         return hasher.hexdigest()
 
-    weights = {record.name: record.digest for record in opening.records}
-    carried = opening.manifest.carried if 0 in opening.only else ()
-    expected = [*weights.items(), *((record.name, record.digest) for record in carried)]
+    expected = [(record.name, record.digest) for record in listed]
     with ThreadPoolExecutor(workers) as pool:
-        found = list(pool.map(digest, [opening.folder / name for name, _ in expected]))
+        found = list(pool.map(digest, [folder / name for name, _ in expected]))
     findings = []
     for (name, want), have in zip(expected, found, strict=True):
         if have is None:

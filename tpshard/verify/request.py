@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from tpshard.engines.opening import Source
+from tpshard.folder import config_of
 from tpshard.launch import Launch
 
 Level = Literal["files", "weights", "layout", "forward", "backward"]
@@ -18,7 +20,9 @@ class Request:
     """What to verify. ``level`` is the deepest check wanted; None: everything that can be run in reasonable time.
     ``factory`` is ``package.module:function`` for a model that transformers does not know; ``isolate`` lists every
     faulty layer rather than the first; ``device`` is where the model runs. ``launch``: this process's place among
-    several, one for each rank, which wait for one another for ``timeout`` seconds. ``base``: an adapter's model."""
+    several, one for each rank, which wait for one another for ``timeout`` seconds. ``base``: an adapter's model.
+    ``engine``: whose folder it is, where that is not recorded or not clear; ``config``: its config.json, where it has
+    none."""
 
     folder: Path
     against: Path | None = None
@@ -31,6 +35,13 @@ class Request:
     launch: Launch | None = None
     timeout: float = 600.0
     base: Path | None = None
+    engine: str | None = None
+    config: Path | None = None
+
+    @property
+    def ranks(self) -> Source:
+        """The folder of ranks' files."""
+        return Source(self.folder, self.engine, config_of(self.config) if self.config else None)
 
     @property
     def backward(self) -> bool | None:

@@ -11,6 +11,7 @@ from tpshard.companions import Quantised
 from tpshard.errors import InconclusiveError, InputError, UsageError
 from tpshard.verify.adapter_layout_check import check_adapter_layout
 from tpshard.verify.companions import check_quantised_layout, quantised_in
+from tpshard.verify.engine_files import check_engine_files
 from tpshard.verify.files import check_files, default_workers
 from tpshard.verify.report import CheckResult, Report, timed
 from tpshard.verify.request import Request
@@ -45,6 +46,9 @@ def names_on_disk(base: Base) -> Mapping[str, str]:
 def _checks(request: Request) -> Iterator[CheckResult]:
     workers = request.workers or default_workers()
     _require_device(request)
+    if not request.ranks.is_native:
+        yield from _checks_of_engine(request, workers)
+        return
     try:
         base = adapter_base(request.folder, request.base)
     except InputError:
@@ -61,6 +65,23 @@ def _checks(request: Request) -> Iterator[CheckResult]:
     if shards is None:
         yield from _unproven(request.after_files)
         return
+    yield from _checks_of_weights(shards, source, base, request, workers)
+
+
+def _checks_of_engine(request: Request, workers: int) -> Iterator[CheckResult]:
+    source = open_full(request.against) if request.against else None
+    files, shards = check_engine_files(request.ranks, workers, request.progress)
+    yield files
+    if shards is None:
+        yield from _unproven(request.after_files)
+        return
+    yield from _checks_of_weights(shards, source, None, request, workers)
+
+
+def _checks_of_weights(
+    shards: Checkpoint, source: Checkpoint | None, base: Base | None, request: Request, workers: int
+) -> Iterator[CheckResult]:
+    """What can be checked once the files are as they should be."""
     if request.wants("weights"):
         yield check_weights(shards, source, workers, request.progress)
     quantised = quantised_in(shards, source)

@@ -1,0 +1,158 @@
+"""A planned conversion, and carrying it out: the target folder is complete afterwards, or as it was before."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from tpshard.carrying import carry, written_beside
+from tpshard.errors import UsageError
+from tpshard.execute import Written, execute
+from tpshard.folder import MANIFEST_NAME
+from tpshard.library import policy_as_data
+from tpshard.manifest import CarriedRecord, Manifest, SourceFile, TensorRecord, manifest_bytes
+from tpshard.mesh import Mesh
+from tpshard.plan import Plan, bytes_of_ranks
+from tpshard.policy import Policy
+from tpshard.roles import Role
+from tpshard.staging import Staging, check_space, check_target
+
+DEFAULT_MAX_SHARD_SIZE = 5 * 10**9
+DEFAULT_DIGEST = "xxh3-128"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to write. ``max_shard_size`` in bytes (None: the default); ``progress`` is called with bytes read."""
+
+    max_shard_size: int | None = None
+    digest: str = DEFAULT_DIGEST
+    workers: int = 0
+    progress: Callable[[int], object] = lambda count: None
+
+    @property
+    def threads(self) -> int:
+        return self.workers or min(8, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """A planned conversion, ready to be shown or run. ``policy``, ``roles`` and ``mesh`` are set where shards are
+    written; ``engine``: whose files they are, empty for tpshard's own; ``beside``: files to be carried that are not in
+    the source's folder; ``manifest``: whether one is written."""
+
+    plan: Plan
+    target: Path
+    policy: Policy | None
+    roles: Mapping[str, Role]
+    warnings: tuple[str, ...]
+    mesh: Mesh | None = None
+    beside: Mapping[str, bytes] = field(default_factory=dict)
+    engine: str = ""
+    manifest: bool = True
+
+    @property
+    def disk_needed(self) -> int:
+        """Bytes of all weight files without their headers, which are less than the margin that is asked for."""
+        return sum(map(sum, bytes_of_ranks(self.plan.items)))
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What a conversion wrote; seconds are wall time, fsync apart."""
+
+    written: Written
+    tensors: int
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    sync_seconds: float
+
+
+def without_manifest(conversion: Conversion) -> Conversion:
+    """The engine's files alone. Raises UsageError for tpshard's own, which are nothing without it."""
+    if not conversion.engine:
+        raise UsageError("tpshard's own shards need their manifest", hint="leave out --no-manifest")
+    return replace(conversion, manifest=False)
+
+
+def run(conversion: Conversion, options: Options = Options()) -> Done:
+    """Carry out a planned conversion. The target is complete afterwards, or as it was before."""
+    plan, target = conversion.plan, conversion.target
+    check_target(target, plan.source.folder)
+    check_space(target, conversion.disk_needed)
+    begin = time.monotonic()
+    algorithm = plan.source.manifest.algorithm if plan.source.manifest else options.digest
+    with Staging(target) as staging:
+        written = execute(plan, staging, algorithm, options.threads, options.progress)
+        carried = tuple(carry(plan.source, name, staging, algorithm) for name in plan.source.carried)
+        beside = conversion.beside.items()
+        carried += tuple(written_beside(name, content, staging, algorithm) for name, content in beside)
+        copied = time.monotonic()
+        staging.sync()
+        if conversion.policy is None:
+            _write_index(plan, staging)
+        elif conversion.manifest:
+            staging.write(MANIFEST_NAME, manifest_bytes(_manifest(conversion, written, carried, algorithm)))
+        staging.commit()
+    end = time.monotonic()
+    return Done(
+        written=written,
+        tensors=len(plan.items),
+        bytes_read=sum(file.size for file in plan.source.files),
+        bytes_written=sum(record.size for record in written.files),
+        seconds=copied - begin,
+        sync_seconds=end - copied,
+    )
+
+
+def _manifest(conversion: Conversion, written: Written, carried: tuple[CarriedRecord, ...], algorithm: str) -> Manifest:
+    plan, policy = conversion.plan, conversion.policy
+    assert policy is not None
+    assert conversion.mesh is not None
+    part_of = {index: part[0].part for part in plan.parts() for index in range(part[0].first, part[0].last)}
+    records = {
+        item.stored.name: TensorRecord(
+            item.stored.name,
+            item.stored.dtype,
+            item.want,
+            conversion.roles[item.stored.name],
+            part_of[index],
+            item.stored.source,
+            written.digests[index],
+            written.shards[index],
+        )
+        for index, item in enumerate(plan.items)
+    }
+    origin = plan.source.manifest
+    sources = origin.sources if origin else tuple(SourceFile(f.name, f.metadata) for f in plan.source.files)
+    return Manifest(
+        mesh=conversion.mesh,
+        algorithm=algorithm,
+        policy=policy.name,
+        policy_documents=policy_as_data(policy),
+        sources=sources,
+        tensors=tuple(
+            records[name] for name in plan.source.tensors if name in records
+        ),  # the source's own order, for merge
+        files=tuple(sorted(written.files, key=lambda file: (file.rank, file.part))),
+        carried=carried,
+        engine=conversion.engine,
+    )
+
+
+def _write_index(plan: Plan, staging: Staging) -> None:
+    """Hugging Face's index, where there is more than one file."""
+    if len(plan.outputs) == 1:
+        return
+    weight_map = {
+        item.stored.name: output.name for output in plan.outputs for item in plan.items[output.first : output.last]
+    }
+    total = sum(map(sum, bytes_of_ranks(plan.items)))
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    content = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
+    staging.write("model.safetensors.index.json", content.encode("utf-8"))

@@ -1,0 +1,1 @@
+"""Other engines' checkpoints: each a profile in YAML, read in both directions."""

@@ -1,0 +1,269 @@
+"""Opening an engine's folder: every logical tensor with its layout and its places, manifest or not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tpshard.checkpoint import Checkpoint, Place, Stored, WeightFile, open_shards, weight_file
+from tpshard.companions import DENSE, assign_stored
+from tpshard.engines.inference import infer
+from tpshard.engines.joints import Joined, Logical, join
+from tpshard.engines.profile import Engine, Family
+from tpshard.engines.rules import engine_policy
+from tpshard.engines.shelf import engine_called, engines, family_for
+from tpshard.errors import InputError, UsageError, printable
+from tpshard.folder import MANIFEST_NAME, carried_files, read_config
+from tpshard.header import Entry, byte_count, read_header
+from tpshard.library import choose_policy, policy_as_data
+from tpshard.manifest import FileRecord, Manifest, TensorRecord
+from tpshard.manifest_parsing import read_manifest
+from tpshard.mesh import Grid, Mesh
+from tpshard.policy import Policy
+
+NATIVE = "native"  # tpshard's own shards
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A folder of ranks' files: whose it is (None: recorded or recognised), and its config.json where it has none."""
+
+    folder: Path
+    engine: str | None = None
+    config: Mapping[str, Any] | None = None
+
+    def open(self, policy: str = "auto") -> Checkpoint:
+        return open_ranks(self.folder, self.engine, self.config, policy)
+
+    @property
+    def is_native(self) -> bool:
+        """Whether it is one of tpshard's own shard folders, or none at all."""
+        if self.engine is not None:
+            return self.engine == NATIVE
+        if (self.folder / MANIFEST_NAME).exists():
+            try:
+                return not read_manifest(self.folder).engine
+            except InputError:
+                return True  # opening it says what is wrong
+        return recognised(self.folder) is None
+
+
+@dataclass(frozen=True, slots=True)
+class RankFile:
+    """A weight file found in a folder."""
+
+    name: str
+    tp: int
+    pp: int
+    part: int
+
+
+def open_ranks(
+    folder: Path, engine: str | None = None, config: Mapping[str, Any] | None = None, policy: str = "auto"
+) -> Checkpoint:
+    """A folder of ranks' files: tpshard's own, or an engine's. ``engine``: where it is not recorded or not clear;
+    ``config``: where the folder has none. Raises InputError, UsageError."""
+    if engine == NATIVE:
+        return open_shards(folder)
+    if (folder / MANIFEST_NAME).exists():
+        manifest = read_manifest(folder)
+        if engine not in (None, manifest.engine or NATIVE):
+            what = f"{folder}: the manifest says that these are {manifest.engine or NATIVE}'s files, not {engine}'s"
+            raise UsageError(what, hint="leave out --from")
+        if not manifest.engine:
+            return open_shards(folder)
+        return _Opening(folder, engine_called(manifest.engine), config).with_manifest(manifest)
+    found = engine_called(engine) if engine else recognised(folder)
+    if found is None:
+        return open_shards(folder)  # says what is missing
+    return _Opening(folder, found, config).without_manifest(policy)
+
+
+def recognised(folder: Path) -> Engine | None:
+    """The engine whose files a folder has; None where there is none. Raises UsageError where it is not clear."""
+    if not folder.is_dir():
+        return None
+    fitting = [engine for engine in engines().values() if rank_files(folder, engine)]
+    if len(fitting) > 1:
+        names = ", ".join(engine.name for engine in fitting)
+        raise UsageError(f"{folder}: could be of several engines: {names}", hint="say which with --from")
+    return fitting[0] if fitting else None
+
+
+def rank_files(folder: Path, engine: Engine) -> list[RankFile]:
+    """The files with an engine's names, sorted by rank and part."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        for template in engine.files:
+            values = template.read(name)
+            if values is not None:
+                numbers = {place: int(value) for place, value in values.items()}
+                tp = numbers.get("tp", numbers.get("rank", 0))
+                found.append(RankFile(name, tp, numbers.get("pp", 0), numbers.get("part", 0)))
+    return sorted(found, key=lambda file: (file.pp, file.tp, file.part))
+
+
+def mesh_of(folder: Path, files: Sequence[RankFile]) -> Mesh:
+    """The ranks that the files are of. Raises InputError where one is missing."""
+    if not files:
+        raise InputError(f"{folder}: holds no weight files of this engine")
+    mesh = Mesh(tp=1 + max(file.tp for file in files), pp=1 + max(file.pp for file in files))
+    have = {(file.pp, file.tp) for file in files}
+    for rank in range(mesh.ranks):
+        at = mesh.coordinates(rank)
+        if (at.pp, at.tp) not in have:
+            stage = f" of stage {at.pp}" if mesh.pp > 1 else ""
+            raise InputError(
+                f"{folder}: rank {at.tp}{stage} has no file, rank {mesh.tp - 1} has", hint="is the folder complete?"
+            )
+    for pp, tp in sorted(have):
+        parts = [file.part for file in files if (file.pp, file.tp) == (pp, tp)]
+        if parts != list(range(len(parts))):
+            raise InputError(f"{folder}: of rank {tp} there are the parts {parts}, not 0 to {max(parts)}")
+    return mesh
+
+
+class _Opening:
+    """An engine's folder with its headers read."""
+
+    def __init__(self, folder: Path, engine: Engine, config: Mapping[str, Any] | None) -> None:
+        self.folder, self.engine = folder, engine
+        self.found = rank_files(folder, engine)
+        self.mesh = mesh_of(folder, self.found)
+        self.config = dict(config or read_config(folder))
+        self.files: list[WeightFile] = []
+        self.ranks: list[dict[str, tuple[int, Entry]]] = [{} for _ in range(self.mesh.ranks)]
+        for index, file in enumerate(self.found):
+            header = read_header(folder / file.name)
+            self.files.append(weight_file(folder, file.name, header))
+            own = self.ranks[file.pp * self.mesh.tp + file.tp]
+            for name, entry in header.entries.items():
+                if name in own:
+                    raise InputError(f"{folder}: tensor {printable(name)} is in two files of one rank")
+                own[name] = index, entry
+
+    def entries(self) -> list[dict[str, Entry]]:
+        return [{name: entry for name, (_, entry) in own.items()} for own in self.ranks]
+
+    def family(self) -> Family:
+        family = family_for(self.engine, self.config)
+        tied = family.tied
+        if tied is None:
+            return family
+        embedding = next(recipe.name for recipe in family.recipes if recipe.parts[0].text == tied.embedding)
+        if tied.name and not any(embedding.text in own for own in self.ranks):
+            return family.when_tied()
+        if tied.last and self.config.get("tie_word_embeddings"):
+            return family.when_tied()
+        return family
+
+    def without_manifest(self, policy: str) -> Checkpoint:
+        family, chosen = self.family(), choose_policy(policy, self.config)
+        vocabulary = family.vocabulary.tensors if family.vocabulary else ()
+        words = self.config.get("vocab_size", 1)
+        guide = engine_policy(
+            self.engine, family, chosen, self.config, dict.fromkeys(vocabulary, (words, 1)), self.mesh.tp
+        )
+        inferred = infer(self.engine, family, guide, self.config, self.mesh, self.entries())
+        shapes = {name: shape for name, (_, shape) in inferred.tensors.items()}
+        sizes = {name: byte_count(dtype, shape) for name, (dtype, shape) in inferred.tensors.items()}
+        own = engine_policy(self.engine, family, chosen, self.config, shapes, self.mesh.tp)
+        grid = Grid(self.mesh, layers=inferred.layers)
+        assigned = assign_stored(own, self.config, shapes, sizes, grid, DENSE)
+        records = [
+            TensorRecord(
+                name,
+                dtype,
+                assigned.tensors[name].layout,
+                assigned.tensors[name].role,
+                0,
+                0,
+                "",
+                (None,) * self.mesh.ranks,
+            )
+            for name, (dtype, _) in inferred.tensors.items()
+        ]
+        return self._checkpoint(family, self._unrecorded(chosen, records), list(inferred.left))
+
+    def _unrecorded(self, policy: Policy, records: Sequence[TensorRecord]) -> Manifest:
+        """What a manifest would say, were there one; no digests."""
+        files = tuple(
+            FileRecord(file.name, file.pp * self.mesh.tp + file.tp, file.part, stored.size, "")
+            for file, stored in zip(self.found, self.files, strict=True)
+        )
+        return Manifest(
+            mesh=self.mesh,
+            algorithm="xxh3-128",
+            policy=policy.name,
+            policy_documents=policy_as_data(policy),
+            sources=(),
+            tensors=tuple(records),
+            files=files,
+            carried=(),
+            engine=self.engine.name,
+            recorded=False,
+        )
+
+    def with_manifest(self, manifest: Manifest) -> Checkpoint:
+        if manifest.mesh != self.mesh:
+            what = f"{self.folder}: has files of {self.mesh.ranks} ranks, the manifest is of {manifest.ranks}"
+            raise InputError(what, hint="is the folder complete?")
+        listed, there = {record.name: record.size for record in manifest.files}, {f.name: f.size for f in self.files}
+        if listed != there:
+            name = min(name for name in {*listed, *there} if listed.get(name) != there.get(name))
+            what = f"has {there[name]} bytes" if name in there else "is not there"
+            raise InputError(f"{self.folder / name}: {what}, the manifest says {listed.get(name, 'nothing of it')}")
+        return self._checkpoint(family_for(self.engine, self.config), manifest, [])
+
+    def _checkpoint(self, family: Family, manifest: Manifest, left: Sequence[str]) -> Checkpoint:
+        logical = [Logical(record.name, record.dtype, record.layout) for record in manifest.tensors]
+        joined = join(self.engine, family, logical, self.mesh, self.config)
+        places = self._places(joined, set(left))
+        carried = [record.name for record in manifest.carried] if manifest.recorded else self._carried()
+        return Checkpoint(
+            folder=self.folder,
+            ranks=self.mesh.ranks,
+            files=tuple(self.files),
+            tensors={
+                record.name: Stored(
+                    record.name, record.dtype, record.layout, tuple(places[index]), record.source, record
+                )
+                for index, record in enumerate(manifest.tensors)
+            },
+            config=self.config,
+            carried=tuple(carried),
+            manifest=manifest,
+            warnings=tuple(f"{printable(name)} follows from the configuration: left out" for name in left),
+        )
+
+    def _carried(self) -> list[str]:
+        weights = {file.name for file in self.found}
+        return [name for name in carried_files(self.folder) if name not in weights]
+
+    def _places(self, joined: Joined, left: set[str]) -> list[list[Place | None]]:
+        """Of every logical tensor on every rank; each header has to be as the profile would have written it."""
+        places: list[list[Place | None]] = [[None] * self.mesh.ranks for _ in joined.logical]
+        for rank, own in enumerate(self.ranks):
+            unmet = set(own) - left
+            for tensor, parts in joined.of_rank(rank):
+                found = own.get(tensor.name)
+                if found is None:
+                    if tensor.constant is not None:
+                        continue  # by the engine's version
+                    raise InputError(f"{self.folder}: rank {rank} lacks {printable(tensor.name)}")
+                index, entry = found
+                if (entry.dtype, entry.shape) != (tensor.dtype, tensor.shape):
+                    raise InputError(
+                        f"{self.files[index].path}: {printable(tensor.name)}: {entry.dtype} {list(entry.shape)} in the "
+                        f"file, {tensor.dtype} {list(tensor.shape)} expected of {self.engine.title} (rank {rank})",
+                        hint="is config.json the model's?",
+                    )
+                unmet.discard(tensor.name)
+                for part in parts:
+                    places[part.logical][rank] = Place(index, entry.offset + part.offset, part.view)
+            if unmet:
+                raise InputError(f"{self.folder}: rank {rank} holds {printable(min(unmet))}, which has no place there")
+        return places

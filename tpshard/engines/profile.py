@@ -1,0 +1,130 @@
+"""An engine's profile: how it names, joins and orders tensors, as data.
+
+A **recipe** relates one tensor of the engine to the logical tensors (as Hugging Face has them) that make it up. It is
+read in both directions, so what is written can be read back, and there is no second description to drift.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from tpshard.engines.names import Dictionary, Template
+from tpshard.policy import Expression, Policy
+
+Format = Literal["safetensors", "torch"]
+Order = Literal["", "rotary", "transposed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """``name``: of the engine's tensor; ``parts``: of the logical tensors whose rows follow one another in it.
+
+    ``groups``: the rows of all parts are dealt into so many groups in the whole tensor, and follow one another group
+    by group (Megatron's grouped QKV); None: one group on each rank. ``order`` of each part's rows: ``rotary``, where
+    the engine keeps the two halves of each of ``heads`` heads interleaved; ``transposed``, where its last two axes
+    are exchanged. Places that only the parts have are stacked along a first axis: experts.
+    """
+
+    name: Template
+    parts: tuple[Template, ...]
+    groups: Expression | None = None
+    order: Order = ""
+    heads: Expression | None = None
+
+    @property
+    def stacked(self) -> str | None:
+        """The place that is stacked."""
+        return next((place for place in self.parts[0].places if place not in self.name.places), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """A tensor that the engine wants and no checkpoint has: one for each of what ``beside`` reads."""
+
+    name: Template
+    beside: Template
+    dtype: str
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """Logical tensors whose vocabulary the engine pads, to a multiple of ``multiple``, on each rank or in all."""
+
+    tensors: tuple[str, ...]
+    multiple: int
+    each_rank: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Tied:
+    """What the engine calls the embedding where the model has no head of its own: in its own place, and (``last``) on
+    the last of several stages."""
+
+    embedding: str
+    head: str
+    name: Template | None = None
+    last: Template | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """The names of one kind of models. ``policy``: rules that come before those of the model's own policy;
+    ``aliases``: further names under which the engine keeps what a recipe has; ``derived``: what either side may have,
+    and the other makes from the configuration."""
+
+    name: str
+    model_types: tuple[str, ...]
+    recipes: tuple[Recipe, ...]
+    constants: tuple[Constant, ...] = ()
+    derived: tuple[Template, ...] = ()
+    vocabulary: Vocabulary | None = None
+    tied: Tied | None = None
+    policy: Policy | None = None
+    aliases: tuple[Recipe, ...] = ()
+    engine_names: Dictionary[Recipe | Constant | None] = field(init=False, repr=False, compare=False)
+    logical_names: Dictionary[tuple[Recipe, int] | None] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        theirs: list[tuple[Template, Recipe | Constant | None]] = [(r.name, r) for r in (*self.recipes, *self.aliases)]
+        theirs += [(constant.name, constant) for constant in self.constants]
+        ours: list[tuple[Template, tuple[Recipe, int] | None]] = [
+            (part, (recipe, number)) for recipe in self.recipes for number, part in enumerate(recipe.parts)
+        ]
+        known = {template.text for template, _ in (*theirs, *ours)}
+        for template in self.derived:
+            if template.text not in known:
+                theirs.append((template, None))
+                ours.append((template, None))
+        object.__setattr__(self, "engine_names", Dictionary(theirs))
+        object.__setattr__(self, "logical_names", Dictionary(ours))
+
+    def when_tied(self) -> Family:
+        """The names where the model has no head of its own."""
+        if self.tied is None:
+            return self
+        embedding = next(recipe for recipe in self.recipes if recipe.parts[0].text == self.tied.embedding)
+        kept = [recipe for recipe in self.recipes if recipe.parts[0].text not in (self.tied.embedding, self.tied.head)]
+        own = replace(embedding, name=self.tied.name) if self.tied.name else embedding
+        aliases = (replace(embedding, name=self.tied.last),) if self.tied.last else ()
+        return replace(self, recipes=(own, *kept), aliases=aliases)
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """``file``: the template of a weight file's path: places ``rank``, ``tp``, ``pp``, ``part``.
+
+    ``local_layers``: layers are counted from 0 in each pipeline stage. ``replicas``: whether ranks may hold copies of
+    the same heads. ``inside``: the keys of a PyTorch file under which the tensors are.
+    """
+
+    name: str
+    title: str
+    format: Format
+    files: tuple[Template, ...]
+    families: tuple[Family, ...]
+    local_layers: bool = False
+    replicas: bool = True
+    inside: tuple[str, ...] = ()
+    description: str = ""

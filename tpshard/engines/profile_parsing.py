@@ -1,0 +1,145 @@
+"""From an engine's YAML document to its profile: every key checked, with its place in the file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+from tpshard.document import Node
+from tpshard.engines.names import Template
+from tpshard.engines.profile import Constant, Engine, Family, Format, Order, Recipe, Tied, Vocabulary
+from tpshard.header import DTYPE_BITS
+from tpshard.patterns import parse_patterns
+from tpshard.policy import Expression, Policy
+from tpshard.policy_parsing import parse_policy
+
+ENGINE_KEYS = ("engine", "title", "description", "format", "files", "inside", "layers", "replicas", "families")
+FAMILY_KEYS = ("for", "like", "same", "tensors", "constants", "derived", "vocabulary", "tied", "policy")
+RECIPE_KEYS = ("rows", "groups", "rotary", "transposed")
+
+
+def parse_engine(document: Node) -> Engine:
+    """One YAML document as an engine's profile. Raises PolicyError with the place."""
+    table = document.known_keys(ENGINE_KEYS)
+    for key in ("engine", "title", "format", "files", "families"):
+        if key not in table:
+            document.fail(f"an engine needs '{key}'")
+    families: dict[str, Family] = {}
+    for name, node in table["families"].mapping().items():
+        families[name] = _family(name, node, families)
+    return Engine(
+        name=table["engine"].text(),
+        title=table["title"].text(),
+        description=table["description"].text() if "description" in table else "",
+        format=cast(Format, table["format"].one_of(("safetensors", "torch"))),
+        files=tuple(map(_template, _list(table["files"]))),
+        families=tuple(families.values()),
+        local_layers="layers" in table and table["layers"].one_of(("local", "global")) == "local",
+        replicas=table["replicas"].flag() if "replicas" in table else True,
+        inside=tuple(node.text() for node in _list(table["inside"])) if "inside" in table else (),
+    )
+
+
+def _family(name: str, node: Node, known: Mapping[str, Family]) -> Family:
+    table = node.known_keys(FAMILY_KEYS)
+    base = None
+    if "like" in table:
+        base = known.get(table["like"].text()) or table["like"].fail("is not a family that stands before this one")
+    recipes = {recipe.name.text: recipe for recipe in (base.recipes if base else ())}
+    for item in _list(table["same"]) if "same" in table else ():
+        for pattern in parse_patterns(item.text()):
+            template = _made(item, ".".join(pattern.segments))
+            recipes[template.text] = Recipe(template, (template,))
+    for key, value in (table["tensors"].mapping() if "tensors" in table else {}).items():
+        recipes[key] = _recipe(key, value)
+    constants = table["constants"].mapping() if "constants" in table else {}
+    derived = tuple(map(_template, _list(table["derived"]))) if "derived" in table else ()
+    return Family(
+        name=name,
+        model_types=tuple(item.text() for item in _list(table["for"])),
+        recipes=tuple(recipes.values()),
+        constants=tuple(_constant(key, value) for key, value in constants.items()) or (base.constants if base else ()),
+        derived=derived or (base.derived if base else ()),
+        vocabulary=_vocabulary(table["vocabulary"]) if "vocabulary" in table else base and base.vocabulary,
+        tied=_tied(table["tied"]) if "tied" in table else base and base.tied,
+        policy=_policy(name, table["policy"]) if "policy" in table else base and base.policy,
+    )
+
+
+def _recipe(key: str, node: Node) -> Recipe:
+    name = _made(node, key)
+    if isinstance(node.value, str):
+        return _checked(node, Recipe(name, (_template(node),)))
+    table = node.known_keys(RECIPE_KEYS)
+    if "rows" not in table:
+        node.fail("needs 'rows': the tensors that it is made of")
+    order: Order = "rotary" if "rotary" in table else "transposed" if "transposed" in table else ""
+    return _checked(
+        node,
+        Recipe(
+            name,
+            tuple(map(_template, _list(table["rows"]))),
+            groups=_expression(table["groups"]) if "groups" in table else None,
+            order=order,
+            heads=_expression(table["rotary"]) if "rotary" in table else None,
+        ),
+    )
+
+
+def _checked(node: Node, recipe: Recipe) -> Recipe:
+    """All parts have the places of the name, and at most one more."""
+    for part in recipe.parts:
+        more = set(part.places) - set(recipe.name.places)
+        if not set(recipe.name.places) <= set(part.places) or len(more) > 1:
+            node.fail(f"'{part.text}' has not the places of '{recipe.name.text}', and at most one more")
+        if more != set(recipe.parts[0].places) - set(recipe.name.places):
+            node.fail(f"'{part.text}' and '{recipe.parts[0].text}' have other places")
+    return recipe
+
+
+def _constant(key: str, node: Node) -> Constant:
+    table = node.known_keys(("beside", "dtype", "value"))
+    name, beside = _made(node, key), _template(table["beside"])
+    if set(name.places) - set(beside.places):
+        node.fail(f"'{beside.text}' lacks places of '{key}'")
+    return Constant(name, beside, table["dtype"].one_of(tuple(DTYPE_BITS)), float(table["value"].text()))
+
+
+def _vocabulary(node: Node) -> Vocabulary:
+    table = node.known_keys(("tensors", "multiple", "each_rank"))
+    each_rank = table["each_rank"].flag() if "each_rank" in table else False
+    return Vocabulary(tuple(n.text() for n in _list(table["tensors"])), table["multiple"].integer(), each_rank)
+
+
+def _tied(node: Node) -> Tied:
+    table = node.known_keys(("embedding", "head", "name", "last"))
+    return Tied(
+        table["embedding"].text(),
+        table["head"].text(),
+        _template(table["name"]) if "name" in table else None,
+        _template(table["last"]) if "last" in table else None,
+    )
+
+
+def _policy(name: str, node: Node) -> Policy:
+    """Rules as in a policy, without a name of their own."""
+    return parse_policy(Node({"name": Node(name, node.mark), **node.mapping()}, node.mark), shared=True)
+
+
+def _list(node: Node) -> tuple[Node, ...]:
+    return node.value if isinstance(node.value, tuple) else (node,)
+
+
+def _template(node: Node) -> Template:
+    return _made(node, node.text())
+
+
+def _made(node: Node, text: str) -> Template:
+    try:
+        return Template(text)
+    except ValueError as error:
+        node.fail(str(error))
+
+
+def _expression(node: Node) -> Expression:
+    return node.integer() if isinstance(node.value, int) else node.text()

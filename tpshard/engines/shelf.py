@@ -1,0 +1,45 @@
+"""The engines that tpshard knows, and which of them wrote a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from importlib import resources
+
+from tpshard.document import did_you_mean, parse_documents
+from tpshard.engines.profile import Engine, Family
+from tpshard.engines.profile_parsing import parse_engine
+from tpshard.errors import InputError, UsageError, printable
+
+
+@cache
+def engines() -> Mapping[str, Engine]:
+    """All profiles by name."""
+    found: dict[str, Engine] = {}
+    for item in sorted(resources.files("tpshard").joinpath("engines").iterdir(), key=lambda entry: entry.name):
+        if item.name.endswith(".yaml"):
+            for document in parse_documents(item.read_text("utf-8"), item.name, trusted=True):
+                engine = parse_engine(document)
+                found[engine.name] = engine
+    return found
+
+
+def engine_called(name: str) -> Engine:
+    """Raises UsageError where there is none."""
+    known = engines()
+    if name not in known:
+        hint = did_you_mean(name, known) or f"engines: {', '.join(known)}"
+        raise UsageError(f"no engine is called '{printable(name, 40)}'", hint=hint)
+    return known[name]
+
+
+def family_for(engine: Engine, config: Mapping[str, object]) -> Family:
+    """The names that an engine has for a model. Raises InputError where it has none."""
+    model_type = config.get("model_type")
+    for family in engine.families:
+        if model_type in family.model_types:
+            return family
+    known = sorted({name for family in engine.families for name in family.model_types})
+    what = f"{engine.title}: no names are known for model_type '{printable(str(model_type), 40)}'"
+    hint = f"known: {', '.join(known)}" if config else "there is no config.json; give one with --config"
+    raise InputError(what, hint=hint)

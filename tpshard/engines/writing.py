@@ -1,0 +1,167 @@
+"""Writing an engine's files: which tensors are in which file, and where in it each rank's parts go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from tpshard.checkpoint import Checkpoint
+from tpshard.companions import assign_stored
+from tpshard.conversion import DEFAULT_MAX_SHARD_SIZE, Conversion, Options
+from tpshard.engines.joints import Joined, Joint, Logical, Part, join
+from tpshard.engines.names import Template
+from tpshard.engines.profile import Engine, Family
+from tpshard.engines.rules import engine_policy, refuse_replicas
+from tpshard.engines.shelf import engine_called, family_for
+from tpshard.errors import InputError, PolicyError, printable
+from tpshard.frames import Frame, Tensor, safetensors_frame
+from tpshard.header import DTYPE_ORDER, byte_count
+from tpshard.mesh import Grid, Mesh
+from tpshard.plan import Item, Output, Plan, Targets
+from tpshard.policy import Policy
+from tpshard.quantised import read_quantised
+from tpshard.views import View
+
+FramerOf = Callable[[int], Callable[[Sequence[Tensor]], Frame]]  # of a rank
+
+
+@dataclass(frozen=True, slots=True)
+class EngineArrangement:
+    """Where everything goes. ``parts``: the joints of each part, in the order of their items."""
+
+    joined: Joined
+    parts: tuple[tuple[Joint, ...], ...]
+    framer: FramerOf
+    in_order: bool = field(default=True)
+
+    def frame(self, plan: Plan, output: Output) -> Frame:
+        return self.framer(output.rank)(self._tensors(output))
+
+    def _tensors(self, output: Output) -> list[Tensor]:
+        """Constants first, so that all that is known beforehand is at the begin."""
+        own = [tensor for tensor, _ in self.joined.of_rank(output.rank, self.parts[output.part])]
+        return [t for t in own if t.constant is not None] + [t for t in own if t.constant is None]
+
+    def targets(self, plan: Plan, outputs: Sequence[Output], frames: Sequence[Frame]) -> Iterator[Targets]:
+        joints = self.parts[outputs[0].part]
+        starts = [iter(frame.starts) for frame in frames]
+        for output, own in zip(outputs, starts, strict=True):
+            for _ in (t for t in self._tensors(output) if t.constant is not None):
+                next(own)
+        for joint in joints:
+            begins: dict[int, list[int]] = {index: [0] * len(outputs) for index in joint.logical}
+            views: dict[int, list[View | None]] = {index: [None] * len(outputs) for index in joint.logical}
+            for rank in range(len(outputs)):
+                for _, parts in self.joined.of_rank(rank, (joint,)):
+                    if parts:
+                        _place(parts, next(starts[rank]), rank, begins, views)
+            for index in joint.logical:
+                yield Targets(tuple(begins[index]), tuple(views[index]) if any(views[index]) else None)
+
+
+def _place(
+    parts: Sequence[Part], start: int, rank: int, begins: dict[int, list[int]], views: dict[int, list[View | None]]
+) -> None:
+    for part in parts:
+        begins[part.logical][rank] = start + part.offset
+        views[part.logical][rank] = part.view
+
+
+def plan_engine(
+    checkpoint: Checkpoint, target: Path, grid: Grid, policy: Policy, options: Options, engine_name: str
+) -> Conversion:
+    """Plan to write a checkpoint as an engine has it. Raises PolicyError, InputError with the reason where it cannot
+    hold it."""
+    engine = engine_called(engine_name)
+    family = family_for(engine, checkpoint.config)
+    kept = {name: tensor for name, tensor in checkpoint.tensors.items() if not is_derived(family, name)}
+    shapes = {name: tensor.shape for name, tensor in kept.items()}
+    own = engine_policy(engine, family, policy, checkpoint.config, shapes, grid.mesh.tp)
+    sizes = {name: byte_count(tensor.dtype, tensor.shape) for name, tensor in kept.items()}
+    assigned = assign_stored(own, checkpoint.config, shapes, sizes, grid, read_quantised(checkpoint))
+    refuse_replicas(engine, assigned, grid.mesh)
+    logical = [Logical(name, tensor.dtype, assigned.tensors[name].layout) for name, tensor in kept.items()]
+    joined = join(engine, family, logical, grid.mesh, checkpoint.config)
+    named = output_names(engine, grid.mesh)
+    several = any("part" in template.places for template in engine.files)
+    parts = arrange_joints(joined, (options.max_shard_size or DEFAULT_MAX_SHARD_SIZE) if several else None)
+    items: list[Item] = []
+    outputs: list[Output] = []
+    for number, part in enumerate(parts):
+        first = len(items)
+        items += [Item(kept[logical[i].name], logical[i].layout) for joint in part for i in joint.logical]
+        outputs += [Output(named(rank, number), rank, number, first, len(items)) for rank in range(grid.mesh.ranks)]
+    in_order = engine.format == "safetensors" and not any(j.recipe.groups or j.recipe.order for j in joined.joints)
+    arrangement = EngineArrangement(joined, tuple(parts), framers(engine, lambda rank: {"format": "pt"}), in_order)
+    plan = Plan(checkpoint, tuple(items), tuple(outputs), grid.mesh.ranks, arrangement)
+    roles = {name: assigned.tensors[name].role for name in kept}
+    left = [f"{name} follows from the configuration: left out" for name in checkpoint.tensors if name not in kept]
+    warnings = (*checkpoint.warnings, *left)
+    return Conversion(plan, target, policy, roles, warnings, grid.mesh, engine=engine.name)
+
+
+def is_derived(family: Family, name: str) -> bool:
+    """Whether the engine makes a logical tensor from the configuration."""
+    try:
+        match = family.logical_names.find(name)
+    except ValueError as error:
+        raise InputError(f"{printable(name)}: {error}") from None
+    return match is not None and match[0] is None
+
+
+def framers(engine: Engine, metadata: Callable[[int], Mapping[str, str]]) -> FramerOf:
+    """How to put a rank's tensors into a file."""
+
+    def of_rank(rank: int) -> Callable[[Sequence[Tensor]], Frame]:
+        return lambda tensors: _with_constants(safetensors_frame(tensors, metadata(rank)), tensors)
+
+    return of_rank
+
+
+def _with_constants(frame: Frame, tensors: Sequence[Tensor]) -> Frame:
+    """The constants, which come first, as part of the head."""
+    constants = b"".join(tensor.constant for tensor in tensors if tensor.constant is not None)
+    return Frame(((0, frame.head + constants),), frame.starts, frame.size) if constants else frame
+
+
+def arrange_joints(joined: Joined, limit: int | None) -> list[tuple[Joint, ...]]:
+    """Joints in groups, one for each part of a rank's files: a new part where any rank's would outgrow ``limit``
+    bytes; inside a part wide dtypes first, so that every tensor is aligned to its element."""
+    parts: list[list[Joint]] = [[]]
+    filled = np.zeros(joined.mesh.ranks, np.int64)
+    sizes: dict[tuple[object, ...], np.ndarray] = {}
+    for joint in joined.joints:
+        logical = [joined.logical[index] for index in joint.logical]
+        key = (id(joint.recipe), *((tensor.layout, tensor.dtype) for tensor in logical))
+        if key not in sizes:
+            own = [[t.size for t, parts in joined.of_rank(rank, (joint,))] for rank in range(joined.mesh.ranks)]
+            sizes[key] = np.array([sum(sizes) for sizes in own], np.int64)
+        if limit is not None and parts[-1] and bool((filled + sizes[key] > limit).any()):
+            parts.append([])
+            filled[:] = 0
+        parts[-1].append(joint)
+        filled += sizes[key]
+    return [
+        tuple(sorted(part, key=lambda joint: DTYPE_ORDER[joined.logical[joint.members[0][0]].dtype])) for part in parts
+    ]
+
+
+def output_names(engine: Engine, mesh: Mesh) -> Callable[[int, int], str]:
+    """A function that names the file of a rank and part. Raises PolicyError where the engine has no such grid."""
+    if mesh.ep > 1:
+        raise PolicyError(f"{engine.title}: groups of experts are not written", hint="leave out --ep")
+    wanted = {"pp"} if mesh.pp > 1 else set()
+    template = next((t for t in engine.files if {"pp"} & set(t.places) == wanted), None)
+    if template is None:
+        raise PolicyError(f"{engine.title} has no pipeline stages", hint="leave out --pp")
+    chosen: Template = template
+
+    def name(rank: int, part: int) -> str:
+        at = mesh.coordinates(rank)
+        values = {"rank": rank, "tp": at.tp, "pp": at.pp, "part": part, "ranks": mesh.ranks, "iteration": 0}
+        return chosen.fill({place: str(values[place]) for place in chosen.places})
+
+    return name
