@@ -72,7 +72,7 @@ def _manifest_from(data: Mapping[str, Any]) -> Manifest:
         policy_documents=tuple(data["policy"]["documents"]),
         sources=tuple(SourceFile(_bare(s["name"]), _texts(s["metadata"])) for s in data["sources"]),
         tensors=tuple(_tensor_from(item, layouts, roles, ranks) for item in data["tensors"]),
-        files=tuple(_file_from(item) for item in data["files"]),
+        files=tuple(_file_from(item, str(data["engine"])) for item in data["files"]),
         carried=tuple(
             CarriedRecord(_relative(c["name"]), _count(c["size"], "size"), str(c["digest"])) for c in data["carried"]
         ),
@@ -142,9 +142,10 @@ def _tensor_from(item: Mapping[str, Any], layouts: Sequence[Layout], roles: Sequ
     return TensorRecord(name, item["dtype"], layout, role, part, source, str(item["digest"]), tuple(shards))
 
 
-def _file_from(item: Mapping[str, Any]) -> FileRecord:
+def _file_from(item: Mapping[str, Any], engine: str) -> FileRecord:
     rank, part, size = _count(item["rank"], "rank"), _count(item["part"], "part"), _count(item["size"], "size")
-    return FileRecord(_relative(item["name"]), rank, part, size, str(item["digest"]))
+    name = _relative(item["name"]) if engine else _bare(item["name"])
+    return FileRecord(name, rank, part, size, str(item["digest"]))
 
 
 def _count(value: object, what: str) -> int:

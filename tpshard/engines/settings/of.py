@@ -1,0 +1,15 @@
+"""Which engine has settings of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tpshard.engines.profile import Engine
+from tpshard.engines.settings.kind import Settings
+
+_OWN: Mapping[str, Settings] = {}
+_NONE = Settings()
+
+
+def settings_of(engine: Engine) -> Settings:
+    return _OWN.get(engine.name, _NONE)
