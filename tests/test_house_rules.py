@@ -17,7 +17,9 @@ FAMILIES = tuple(f"verify.families.{path.stem}" for path in sorted((PACKAGE / "v
 FLOORS: list[tuple[str, ...]] = [
     ("__init__", "errors"),
     ("layout", "views", "expressions", "patterns", "document", "digest", "roles", "launch", "mesh"),
-    ("stages", "header", "frames", "partition", "folder", "manifest", "manifest_parsing", "adapter"),
+    ("pickle_machine", "pickles", "zips"),
+    ("stages", "header", "frames", "torch_tensors", "torch_files", "torch_state"),
+    ("partition", "folder", "manifest", "manifest_parsing", "adapter"),
     ("policy", "policy_parsing", "library", "policy_schema", "assignment", "checkpoint", "adapter_layout"),
     ("adapter_folder",),
     ("grid", "companions", "policy_check", "plan", "slabs"),
