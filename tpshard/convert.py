@@ -17,7 +17,7 @@ from tpshard.checkpoint import Checkpoint, open_full, open_shards
 from tpshard.companions import assign_stored
 from tpshard.errors import UsageError
 from tpshard.execute import Written, execute
-from tpshard.folder import MANIFEST_NAME
+from tpshard.folder import MANIFEST_NAME, safetensors_names
 from tpshard.header import byte_count
 from tpshard.layout import Layout
 from tpshard.library import choose_policy, policy_as_data, policy_from_data
@@ -271,13 +271,15 @@ def _manifest(conversion: Conversion, written: Written, carried: tuple[CarriedRe
         for index, item in enumerate(plan.items)
     }
     origin = plan.source.manifest
-    sources = origin.sources if origin else tuple(SourceFile(f.name, f.metadata) for f in plan.source.files)
+    files = plan.source.files
+    names = safetensors_names([file.name for file in files])  # so that merge writes what everyone reads
+    sources = tuple(SourceFile(name, file.metadata) for name, file in zip(names, files, strict=True))
     return Manifest(
         mesh=conversion.mesh,
         algorithm=algorithm,
         policy=policy.name,
         policy_documents=policy_as_data(policy),
-        sources=sources,
+        sources=origin.sources if origin else sources,
         tensors=tuple(records[name] for name in plan.source.tensors),  # the source's own order, for merge
         files=tuple(sorted(written.files, key=lambda file: (file.rank, file.part))),
         carried=carried,
