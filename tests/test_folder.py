@@ -107,9 +107,10 @@ def test_links_of_the_cache_are_followed(tmp_path: Path) -> None:
     [
         ([], "holds no safetensors file"),
         (["config.json", "README.md"], "holds no safetensors file"),
-        (["pytorch_model.bin"], "holds PyTorch files (pytorch_model.bin) and no safetensors; pickles are not read (save it again with safetensors)"),
-        (["model.pt"], "holds PyTorch files (model.pt) and no safetensors"),
-        (["model.ckpt", "config.json"], "holds PyTorch files (model.ckpt)"),
+        (["pytorch_model.bin"], "pytorch_model.bin: has 2 bytes, which is no PyTorch file (it is truncated)"),
+        (["model.ckpt", "config.json"], "model.ckpt: has 2 bytes"),
+        (["a.pt", "b.pth"], "has 2 PyTorch files (a.pt, b.pth) and no index (keep the one that is meant, or add pytorch_model.bin.index.json)"),
+        (["training_args.bin", "rng_state_0.pth"], "holds PyTorch files (rng_state_0.pth), but none with weights (weights are in model.safetensors, pytorch_model.bin or one"),
         (["optimizer.pt", "scheduler.pt"], "holds PyTorch files (optimizer.pt)"),
         (["adapter_model.safetensors", "adapter_config.json"], "holds an adapter (adapter_config.json), not a model (tpshard split takes it with --base MODEL)"),
         (["adapter_model.safetensors"], "holds an adapter (adapter_model.safetensors)"),

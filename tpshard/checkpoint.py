@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tpshard.errors import InputError, StorageError, printable
-from tpshard.folder import MANIFEST_NAME, WeightFiles, carried_files, find_weights, read_config
+from tpshard.folder import MANIFEST_NAME, WeightFiles, carried_files, find_weights, is_pickled, read_config
 from tpshard.header import Header, byte_count, read_header
 from tpshard.layout import Layout, Shape
 from tpshard.manifest import FileRecord, Manifest, TensorRecord
 from tpshard.manifest_parsing import read_manifest
 from tpshard.roles import Role
+from tpshard.torch_state import read_torch_file
 from tpshard.views import View
 
 
@@ -64,7 +65,8 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A full checkpoint (``manifest`` is None, one rank) or a shard folder, with headers read and checked."""
+    """A full checkpoint (``manifest`` is None, one rank) or a shard folder, with headers read and checked.
+    ``beside``: files that go along and are not in the folder under these names."""
 
     folder: Path
     ranks: int
@@ -74,6 +76,7 @@ class Checkpoint:
     carried: tuple[str, ...]
     manifest: Manifest | None = None
     warnings: tuple[str, ...] = ()
+    beside: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def shapes(self) -> dict[str, Shape]:
@@ -92,12 +95,15 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def open_full(folder: Path, found: WeightFiles | None = None) -> Checkpoint:
-    """A Hugging Face folder: ``model.safetensors``, or an index and its files; ``found``: other files than those."""
+    """A Hugging Face folder: ``model.safetensors``, or an index and its files, or PyTorch's files where there are none
+    of safetensors; ``found``: other files than those."""
     found = found or find_weights(folder)
     files: list[WeightFile] = []
     tensors: dict[str, Stored] = {}
+    warnings = list(found.warnings)
     for index, name in enumerate(found.names):
-        header = read_header(folder / name)
+        header, told = _read_weights(folder / name)
+        warnings += (f"{name}: {warning}" for warning in told)
         files.append(weight_file(folder, name, header))
         for tensor, entry in header.entries.items():
             if tensor in tensors:
@@ -122,8 +128,16 @@ def open_full(folder: Path, found: WeightFiles | None = None) -> Checkpoint:
         tensors=tensors,
         config=read_config(folder),
         carried=tuple(carried_files(folder)),
-        warnings=(*found.warnings, *_wrong_total(found, tensors)),
+        warnings=(*warnings, *_wrong_total(found, tensors)),
     )
+
+
+def _read_weights(path: Path) -> tuple[Header, tuple[str, ...]]:
+    """A file's header, and what to tell of it."""
+    if not is_pickled(path.name):
+        return read_header(path), ()
+    file = read_torch_file(path)
+    return file.header, file.warnings
 
 
 def _wrong_total(found: WeightFiles, tensors: Mapping[str, Stored]) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from tpshard.carrying import carry, written_beside
 from tpshard.errors import UsageError
 from tpshard.execute import Written, execute
-from tpshard.folder import MANIFEST_NAME
+from tpshard.folder import MANIFEST_NAME, safetensors_names
 from tpshard.library import policy_as_data
 from tpshard.manifest import CarriedRecord, Manifest, SourceFile, TensorRecord, manifest_bytes
 from tpshard.mesh import Mesh
@@ -129,13 +129,15 @@ def _manifest(conversion: Conversion, written: Written, carried: tuple[CarriedRe
         for index, item in enumerate(plan.items)
     }
     origin = plan.source.manifest
-    sources = origin.sources if origin else tuple(SourceFile(f.name, f.metadata) for f in plan.source.files)
+    files = plan.source.files
+    names = safetensors_names([file.name for file in files])  # so that merge writes what everyone reads
+    sources = tuple(SourceFile(name, file.metadata) for name, file in zip(names, files, strict=True))
     return Manifest(
         mesh=conversion.mesh,
         algorithm=algorithm,
         policy=policy.name,
         policy_documents=policy_as_data(policy),
-        sources=sources,
+        sources=origin.sources if origin else sources,
         tensors=tuple(
             records[name] for name in plan.source.tensors if name in records
         ),  # the source's own order, for merge

@@ -109,7 +109,7 @@ def plan_merge(source: Path | Source, target: Path, options: Options = Options()
         first += len(group)
     items = [item for group in groups for item in group]
     plan = Plan(checkpoint, tuple(items), tuple(outputs), 1, Plain(lambda output: metadata[output.part]))
-    return Conversion(plan, target, None, {}, checkpoint.warnings)
+    return Conversion(plan, target, None, {}, checkpoint.warnings, beside=checkpoint.beside)
 
 
 # ---------------------------------------------------------------------------------------------- to shards
@@ -151,7 +151,7 @@ def _as_assigned(
     plan = Plan(checkpoint, tuple(items), tuple(outputs), mesh.ranks, Plain(describe))
     unused = [f"{rule.mark}: rule '{rule.key}' matches no tensor" for rule in assigned.unused]
     roles = {name: assignment.role for name, assignment in wanted.items()}
-    return Conversion(plan, target, policy, roles, (*checkpoint.warnings, *unused), mesh)
+    return Conversion(plan, target, policy, roles, (*checkpoint.warnings, *unused), mesh=mesh, beside=checkpoint.beside)
 
 
 def shard_name(rank: int, mesh: Mesh, part: int, parts: int) -> str:

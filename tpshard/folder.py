@@ -7,8 +7,9 @@ of links to ``../../blobs``.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from tpshard.header import parse_json_object
 
 MANIFEST_NAME = "tpshard.json"
 INDEX_SUFFIX = ".safetensors.index.json"
+PICKLED_INDEX_SUFFIX = ".bin.index.json"
+CONFIG = "config.json"
+KEPT_CONFIG = "hf_config.json"  # the model's own, where an engine's is called config.json
 MAX_CARRIED = 64 * 2**20  # tokenizers reach 35 MB; what is larger is weights of another kind
 MAX_JSON = 2**30  # bounds memory on a hostile file; the manifest of 94,000 tensors on 64 ranks has 0.3 GB
 _WEIGHT_SUFFIXES = (
@@ -24,6 +28,9 @@ _WEIGHT_SUFFIXES = (
     ".ot", ".pdparams", ".index.json", ".incomplete", ".lock",
 )  # fmt: skip
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_NO_WEIGHTS = (
+    "training_args.bin", "optimizer*", "scheduler*", "scaler*", "rng_state*", "random_states*", "adapter_model*",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +61,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return parse_json_object(raw, str(path))
 
 
+def read_bytes(path: Path) -> bytes:
+    """A small file. Raises StorageError."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror}") from None
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The folder's config.json; empty where there is none."""
-    path = folder / "config.json"
+    path = folder / CONFIG
     return read_json(path) if path.exists() or path.is_symlink() else {}
 
 
@@ -66,25 +81,69 @@ def config_of(path: Path) -> dict[str, Any]:
 
 
 def find_weights(folder: Path) -> WeightFiles:
-    """Which files hold the weights. Raises InputError where there is none, or where it is not clear."""
+    """Which files hold the weights: safetensors, or else PyTorch's. Raises InputError where there is none, or where it
+    is not clear."""
     present = sorted(_listing(folder))
+    pickles = [name for name in present if _may_be_weights(name)]
+    found = _in_safetensors(folder, present)
+    if found is None:
+        found = _in_pickles(folder, present, pickles)
+    elif pickles:
+        found = replace(found, warnings=(*found.warnings, f"safetensors are there, so {_some(pickles)} is left out"))
+    if found is None:
+        raise _nothing_found(folder, present)
+    return found
+
+
+def is_pickled(name: str) -> bool:
+    """Whether a file is PyTorch's by its name."""
+    return name.endswith(_PICKLES)
+
+
+def _may_be_weights(name: str) -> bool:
+    return is_pickled(name) and not any(fnmatch(name, pattern) for pattern in _NO_WEIGHTS)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _in_safetensors(folder: Path, present: list[str]) -> WeightFiles | None:
     indexes = [name for name in present if name.endswith(INDEX_SUFFIX)]
     files = [name for name in present if name.endswith(".safetensors")]
-    if len(indexes) > 1:
-        raise InputError(
-            f"{folder}: has {len(indexes)} indexes: {', '.join(indexes)}", hint="keep the one that is meant"
-        )
     if indexes:
-        return _indexed(folder, indexes[0], files)
+        return _indexed(folder, _only(folder, indexes), files, ".safetensors")
     weights = [name for name in files if not name.startswith("adapter_model")]
-    if len(weights) == 1:
-        return WeightFiles((weights[0],), None)
-    if weights:
+    if len(weights) > 1:
         raise InputError(
             f"{folder}: has {len(weights)} safetensors files and no index",
             hint="model.safetensors.index.json is missing",
         )
-    raise _nothing_found(folder, present)
+    return WeightFiles((weights[0],), None) if weights else None
+
+
+def _in_pickles(folder: Path, present: list[str], weights: list[str]) -> WeightFiles | None:
+    indexes = [name for name in present if name.endswith(PICKLED_INDEX_SUFFIX)]
+    if indexes:
+        return _indexed(folder, _only(folder, indexes), weights, ".bin")
+    if "pytorch_model.bin" in weights:
+        others = [name for name in weights if name != "pytorch_model.bin"]
+        warnings = [f"pytorch_model.bin is there, so {_some(others)} is left out"] if others else []
+        return WeightFiles(("pytorch_model.bin",), None, None, tuple(warnings))
+    if len(weights) > 1:
+        raise InputError(
+            f"{folder}: has {len(weights)} PyTorch files ({_some(weights)}) and no index",
+            hint="keep the one that is meant, or add pytorch_model.bin.index.json",
+        )
+    return WeightFiles((weights[0],), None) if weights else None
+
+
+def _only(folder: Path, indexes: list[str]) -> str:
+    if len(indexes) > 1:
+        raise InputError(
+            f"{folder}: has {len(indexes)} indexes: {', '.join(indexes)}", hint="keep the one that is meant"
+        )
+    return indexes[0]
 
 
 def _listing(folder: Path) -> list[str]:
@@ -100,7 +159,7 @@ def _listing(folder: Path) -> list[str]:
 
 def _nothing_found(folder: Path, present: list[str]) -> InputError:
     adapters = [name for name in present if name.startswith("adapter_")]
-    pickles = [name for name in present if name.endswith(_PICKLES)]
+    pickles = [name for name in present if is_pickled(name)]
     partial = [name for name in present if name.endswith((".incomplete", ".safetensors.gz"))]
     if adapters:
         return InputError(
@@ -110,13 +169,13 @@ def _nothing_found(folder: Path, present: list[str]) -> InputError:
         return InputError(f"{folder}: {partial[0]} is an unfinished download or compressed", hint="finish it first")
     if pickles:
         return InputError(
-            f"{folder}: holds PyTorch files ({pickles[0]}) and no safetensors; pickles are not read",
-            hint="save it again with safetensors",
+            f"{folder}: holds PyTorch files ({pickles[0]}), but none with weights",
+            hint="weights are in model.safetensors, pytorch_model.bin or one other .pt, .pth, .bin or .ckpt file",
         )
-    return InputError(f"{folder}: holds no safetensors file")
+    return InputError(f"{folder}: holds no safetensors file, and none of PyTorch")
 
 
-def _indexed(folder: Path, index_name: str, files: list[str]) -> WeightFiles:
+def _indexed(folder: Path, index_name: str, files: list[str], suffix: str) -> WeightFiles:
     path = folder / index_name
     index = read_json(path)
     table = index.get("weight_map")
@@ -125,8 +184,8 @@ def _indexed(folder: Path, index_name: str, files: list[str]) -> WeightFiles:
     for tensor, file in table.items():
         if not isinstance(file, str) or not is_bare_name(file):
             raise InputError(f"{path}: {printable(tensor)}: '{printable(str(file))}' is not a file name")
-        if not file.endswith(".safetensors"):
-            raise InputError(f"{path}: {printable(tensor)}: '{file}' is not a .safetensors file")
+        if not file.endswith(suffix):
+            raise InputError(f"{path}: {printable(tensor)}: '{file}' is not a {suffix} file")
     single = index_name.removesuffix(".index.json")
     if single in files and single not in table.values():
         raise InputError(f"{folder}: has both {single} and {index_name}", hint="remove the one that is stale")
@@ -144,6 +203,21 @@ def _indexed(folder: Path, index_name: str, files: list[str]) -> WeightFiles:
     extra = [name for name in files if name not in table.values()]
     warnings = [f"{index_name} does not name {', '.join(extra)}: left out"] if extra else []
     return WeightFiles(tuple(names), table, total, tuple(warnings))
+
+
+def safetensors_names(names: Sequence[str]) -> list[str]:
+    """What the files of a checkpoint are called as safetensors.
+
+    >>> safetensors_names(["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"])
+    ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors']
+    >>> safetensors_names(["best.pt"]), safetensors_names(["best.safetensors"])
+    (['model.safetensors'], ['best.safetensors'])
+    """
+    if len(names) == 1 and is_pickled(names[0]):
+        return ["model.safetensors"]
+    stems = [name.rpartition(".")[0] if is_pickled(name) else name.removesuffix(".safetensors") for name in names]
+    return [stem.removeprefix("pytorch_") + ".safetensors" if is_pickled(name) else name
+            for stem, name in zip(stems, names, strict=True)]  # fmt: skip
 
 
 def is_bare_name(name: str) -> bool:

@@ -106,7 +106,7 @@ def _check_whole(manifest: Manifest) -> None:
         raise InputError(f"no file is listed for rank {rank}, part {part}")
     if any(rank >= manifest.ranks for rank, _ in places):
         raise InputError(f"a file is listed for a rank that is not among the {manifest.ranks}")
-    if any(record.source >= len(manifest.sources) for record in manifest.tensors):
+    if manifest.sources and any(record.source >= len(manifest.sources) for record in manifest.tensors):
         raise InputError("a tensor names a source file that is not listed")
 
 

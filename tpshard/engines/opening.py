@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +10,17 @@ from typing import Any
 
 from tpshard.checkpoint import Checkpoint, Place, Stored, WeightFile, open_shards, weight_file
 from tpshard.companions import DENSE, assign_stored
+from tpshard.engines.files import read_engine_file
 from tpshard.engines.inference import infer
 from tpshard.engines.joints import Joined, Logical, join
 from tpshard.engines.profile import Engine, Family
 from tpshard.engines.rules import engine_policy
+from tpshard.engines.settings.kind import Told
+from tpshard.engines.settings.of import settings_of
 from tpshard.engines.shelf import engine_called, engines, family_for
 from tpshard.errors import InputError, UsageError, printable
-from tpshard.folder import MANIFEST_NAME, carried_files, read_config
-from tpshard.header import Entry, byte_count, read_header
+from tpshard.folder import CONFIG, KEPT_CONFIG, MANIFEST_NAME, carried_files, read_bytes, read_config, read_json
+from tpshard.header import Entry, byte_count
 from tpshard.library import choose_policy, policy_as_data
 from tpshard.manifest import FileRecord, Manifest, TensorRecord
 from tpshard.manifest_parsing import read_manifest
@@ -131,19 +135,43 @@ class _Opening:
 
     def __init__(self, folder: Path, engine: Engine, config: Mapping[str, Any] | None) -> None:
         self.folder, self.engine = folder, engine
+        self.settings = settings_of(engine)
         self.found = rank_files(folder, engine)
         self.mesh = mesh_of(folder, self.found)
-        self.config = dict(config or read_config(folder))
         self.files: list[WeightFile] = []
         self.ranks: list[dict[str, tuple[int, Entry]]] = [{} for _ in range(self.mesh.ranks)]
+        self.objects: list[Mapping[Any, Any]] = [{} for _ in range(self.mesh.ranks)]
         for index, file in enumerate(self.found):
-            header = read_header(folder / file.name)
-            self.files.append(weight_file(folder, file.name, header))
-            own = self.ranks[file.pp * self.mesh.tp + file.tp]
-            for name, entry in header.entries.items():
-                if name in own:
-                    raise InputError(f"{folder}: tensor {printable(name)} is in two files of one rank")
-                own[name] = index, entry
+            self._read(index, file)
+        self.beside: dict[str, bytes] = {}
+        self.config = self._config(config)
+
+    def _read(self, index: int, file: RankFile) -> None:
+        header, objects = read_engine_file(self.folder / file.name, self.engine, self.settings.inert)
+        self.files.append(weight_file(self.folder, file.name, header))
+        rank = file.pp * self.mesh.tp + file.tp
+        self.objects[rank] = objects
+        own = self.ranks[rank]
+        for name, entry in header.entries.items():
+            if name in own:
+                raise InputError(f"{self.folder}: tensor {printable(name)} is in two files of one rank")
+            own[name] = index, entry
+
+    def _config(self, given: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The model's config.json: as given, as it was kept, or made from what the engine says of itself."""
+        told = self.settings.config(Told(self.folder, self.entries(), self.objects))
+        if given is not None:
+            config = dict(given)
+        elif (self.folder / KEPT_CONFIG).exists():
+            self.beside[CONFIG] = read_bytes(self.folder / KEPT_CONFIG)
+            return read_json(self.folder / KEPT_CONFIG)
+        else:
+            config = read_config(self.folder) if CONFIG not in self.settings.own_files else {}
+            if config or not told:
+                return config
+            config = told
+        self.beside[CONFIG] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+        return config
 
     def entries(self) -> list[dict[str, Entry]]:
         return [{name: entry for name, (_, entry) in own.items()} for own in self.ranks]
@@ -223,6 +251,7 @@ class _Opening:
         joined = join(self.engine, family, logical, self.mesh, self.config)
         places = self._places(joined, set(left))
         carried = [record.name for record in manifest.carried] if manifest.recorded else self._carried()
+        apart = {*self.settings.own_files, KEPT_CONFIG, *self.beside}
         return Checkpoint(
             folder=self.folder,
             ranks=self.mesh.ranks,
@@ -234,7 +263,10 @@ class _Opening:
                 for index, record in enumerate(manifest.tensors)
             },
             config=self.config,
-            carried=tuple(carried),
+            carried=tuple(
+                name for name in carried if name not in {*self.settings.own_files, KEPT_CONFIG, *self.beside}
+            ),
+            beside=self.beside,
             manifest=manifest,
             warnings=tuple(f"{printable(name)} follows from the configuration: left out" for name in left),
         )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,21 +11,22 @@ import numpy as np
 from tpshard.checkpoint import Checkpoint
 from tpshard.companions import assign_stored
 from tpshard.conversion import DEFAULT_MAX_SHARD_SIZE, Conversion, Options
+from tpshard.engines.files import frame_of
 from tpshard.engines.joints import Joined, Joint, Logical, Part, join
 from tpshard.engines.names import Template
 from tpshard.engines.profile import Engine, Family
 from tpshard.engines.rules import engine_policy, refuse_replicas
+from tpshard.engines.settings.of import settings_of
 from tpshard.engines.shelf import engine_called, family_for
 from tpshard.errors import InputError, PolicyError, printable
-from tpshard.frames import Frame, Tensor, safetensors_frame
+from tpshard.folder import CONFIG, KEPT_CONFIG, read_bytes
+from tpshard.frames import Frame, Tensor
 from tpshard.header import DTYPE_ORDER, byte_count
 from tpshard.mesh import Grid, Mesh
 from tpshard.plan import Item, Output, Plan, Targets
 from tpshard.policy import Policy
 from tpshard.quantised import read_quantised
 from tpshard.views import View
-
-FramerOf = Callable[[int], Callable[[Sequence[Tensor]], Frame]]  # of a rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +35,13 @@ class EngineArrangement:
 
     joined: Joined
     parts: tuple[tuple[Joint, ...], ...]
-    framer: FramerOf
     in_order: bool = field(default=True)
 
     def frame(self, plan: Plan, output: Output) -> Frame:
-        return self.framer(output.rank)(self._tensors(output))
+        settings, rank = settings_of(self.joined.engine), output.rank
+        return frame_of(
+            self.joined.engine, self._tensors(output), lambda tensors: settings.objects(self.joined, rank, tensors)
+        )
 
     def _tensors(self, output: Output) -> list[Tensor]:
         """Constants first, so that all that is known beforehand is at the begin."""
@@ -95,12 +98,36 @@ def plan_engine(
         items += [Item(kept[logical[i].name], logical[i].layout) for joint in part for i in joint.logical]
         outputs += [Output(named(rank, number), rank, number, first, len(items)) for rank in range(grid.mesh.ranks)]
     in_order = engine.format == "safetensors" and not any(j.recipe.groups or j.recipe.order for j in joined.joints)
-    arrangement = EngineArrangement(joined, tuple(parts), framers(engine, lambda rank: {"format": "pt"}), in_order)
+    arrangement = EngineArrangement(joined, tuple(parts), in_order)
     plan = Plan(checkpoint, tuple(items), tuple(outputs), grid.mesh.ranks, arrangement)
     roles = {name: assigned.tensors[name].role for name in kept}
     left = [f"{name} follows from the configuration: left out" for name in checkpoint.tensors if name not in kept]
-    warnings = (*checkpoint.warnings, *left)
-    return Conversion(plan, target, policy, roles, warnings, grid.mesh, engine=engine.name)
+    beside = settings_of(engine).files(joined)
+    plan = replace(plan, source=without(checkpoint, beside))
+    return Conversion(
+        plan,
+        target,
+        policy,
+        roles,
+        warnings=(*checkpoint.warnings, *left),
+        mesh=grid.mesh,
+        beside={**checkpoint.beside, **kept_config(checkpoint, beside), **beside},
+        engine=engine.name,
+    )
+
+
+def without(checkpoint: Checkpoint, names: Collection[str]) -> Checkpoint:
+    """The checkpoint without carried files of these names: the engine has its own."""
+    return replace(checkpoint, carried=tuple(name for name in checkpoint.carried if name not in names))
+
+
+def kept_config(checkpoint: Checkpoint, names: Collection[str]) -> dict[str, bytes]:
+    """The model's config.json under another name, where the engine has one of its own."""
+    if CONFIG not in names:
+        return {}
+    if CONFIG in checkpoint.beside:
+        return {KEPT_CONFIG: checkpoint.beside[CONFIG]}
+    return {KEPT_CONFIG: read_bytes(checkpoint.folder / CONFIG)} if CONFIG in checkpoint.carried else {}
 
 
 def is_derived(family: Family, name: str) -> bool:
@@ -110,21 +137,6 @@ def is_derived(family: Family, name: str) -> bool:
     except ValueError as error:
         raise InputError(f"{printable(name)}: {error}") from None
     return match is not None and match[0] is None
-
-
-def framers(engine: Engine, metadata: Callable[[int], Mapping[str, str]]) -> FramerOf:
-    """How to put a rank's tensors into a file."""
-
-    def of_rank(rank: int) -> Callable[[Sequence[Tensor]], Frame]:
-        return lambda tensors: _with_constants(safetensors_frame(tensors, metadata(rank)), tensors)
-
-    return of_rank
-
-
-def _with_constants(frame: Frame, tensors: Sequence[Tensor]) -> Frame:
-    """The constants, which come first, as part of the head."""
-    constants = b"".join(tensor.constant for tensor in tensors if tensor.constant is not None)
-    return Frame(((0, frame.head + constants),), frame.starts, frame.size) if constants else frame
 
 
 def arrange_joints(joined: Joined, limit: int | None) -> list[tuple[Joint, ...]]:
