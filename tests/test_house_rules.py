@@ -19,7 +19,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("layout", "views", "expressions", "patterns", "document", "digest", "roles", "launch", "mesh"),
     ("pickle_machine", "pickles", "zips"),
     ("stages", "header", "frames", "torch_tensors", "torch_files", "torch_state"),
-    ("partition", "folder", "manifest", "manifest_parsing", "adapter"),
+    ("pickle_writing", "torch_frames", "partition", "folder", "manifest", "manifest_parsing", "adapter"),
     ("policy", "policy_parsing", "library", "policy_schema", "assignment", "checkpoint", "adapter_layout"),
     ("adapter_folder",),
     ("grid", "companions", "policy_check", "plan", "slabs"),
