@@ -116,7 +116,7 @@ class Engine:
     """``file``: the template of a weight file's path: places ``rank``, ``tp``, ``pp``, ``part``.
 
     ``local_layers``: layers are counted from 0 in each pipeline stage. ``replicas``: whether ranks may hold copies of
-    the same heads. ``inside``: the keys of a PyTorch file under which the tensors are.
+    the same heads. ``inside``: the keys of a PyTorch file under which the tensors are. ``source``: the profile's own file.
     """
 
     name: str
@@ -128,3 +128,9 @@ class Engine:
     replicas: bool = True
     inside: tuple[str, ...] = ()
     description: str = ""
+    source: str = ""
+
+    @property
+    def model_types(self) -> tuple[str, ...]:
+        """All whose names are known."""
+        return tuple(sorted({name for family in self.families for name in family.model_types}))

@@ -36,6 +36,7 @@ def parse_engine(document: Node) -> Engine:
         families=tuple(families.values()),
         local_layers="layers" in table and table["layers"].one_of(("local", "global")) == "local",
         replicas=table["replicas"].flag() if "replicas" in table else True,
+        source=document.mark.file,
         inside=tuple(node.text() for node in _list(table["inside"])) if "inside" in table else (),
     )
 

@@ -24,6 +24,11 @@ def engines() -> Mapping[str, Engine]:
     return found
 
 
+def engine_text(engine: Engine) -> str:
+    """The YAML file that holds a profile, as written."""
+    return resources.files("tpshard").joinpath("engines", engine.source).read_text("utf-8")
+
+
 def engine_called(name: str) -> Engine:
     """Raises UsageError where there is none."""
     known = engines()
@@ -39,7 +44,7 @@ def family_for(engine: Engine, config: Mapping[str, object]) -> Family:
     for family in engine.families:
         if model_type in family.model_types:
             return family
-    known = sorted({name for family in engine.families for name in family.model_types})
+    known = engine.model_types
     what = f"{engine.title}: no names are known for model_type '{printable(str(model_type), 40)}'"
     hint = f"known: {', '.join(known)}" if config else "there is no config.json; give one with --config"
     raise InputError(what, hint=hint)
