@@ -263,9 +263,7 @@ class _Opening:
                 for index, record in enumerate(manifest.tensors)
             },
             config=self.config,
-            carried=tuple(
-                name for name in carried if name not in {*self.settings.own_files, KEPT_CONFIG, *self.beside}
-            ),
+            carried=tuple(name for name in carried if name not in apart),
             beside=self.beside,
             manifest=manifest,
             warnings=tuple(f"{printable(name)} follows from the configuration: left out" for name in left),

@@ -116,7 +116,8 @@ class Engine:
     """``file``: the template of a weight file's path: places ``rank``, ``tp``, ``pp``, ``part``.
 
     ``local_layers``: layers are counted from 0 in each pipeline stage. ``replicas``: whether ranks may hold copies of
-    the same heads. ``inside``: the keys of a PyTorch file under which the tensors are. ``source``: the profile's own file.
+    the same heads. ``inside``: the keys of a PyTorch file under which the tensors are. ``source``: the profile's
+    own file.
     """
 
     name: str
