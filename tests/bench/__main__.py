@@ -74,6 +74,23 @@ def one_round(bench: Bench, source: Path, tp: int, usual: Sequence[str]) -> Iter
     remove(shards)
 
 
+def engines_round(bench: Bench, source: Path, tp: int) -> Iterator[Trial]:
+    """Between engines: joined rows, and heads by groups; leaves the source only."""
+    shards, target, trial = bench.scratch / "shards", bench.scratch / "target", bench.trial
+    half = max(1, tp // 2)
+    joined = ["split", str(source), str(target), "--tp", str(tp), "--engine", "vllm", "--json"]
+    yield trial(f"Hugging Face → vLLM tp={tp}", [*TPSHARD, *joined], source, target)
+    remove(target)
+    grouped = ["split", str(source), str(shards), "--tp", str(half), "--engine", "megatron", "--json"]
+    yield trial(f"Hugging Face → Megatron tp={half}", [*TPSHARD, *grouped], source, shards)
+    merge = ["merge", str(shards), str(target), "--json"]
+    yield trial(f"Megatron tp={half} → Hugging Face", [*TPSHARD, *merge], shards, target)
+    across = ["reshard", str(shards), str(target), "--to", "vllm", "--tp", str(max(1, half // 2)), "--json"]
+    yield trial(f"Megatron tp={half} → vLLM tp={max(1, half // 2)}", [*TPSHARD, *across], shards, target)
+    remove(target)
+    remove(shards)
+
+
 def spread(values: Sequence[float]) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.2f}–{max(values):.2f})"
 
@@ -106,6 +123,9 @@ def bench_plan(scratch: Path, rounds: int) -> list[Trial]:
 @click.option("--rounds", type=Count(), default=3, show_default=True)
 @click.option("--tp", type=Count(), default=8, show_default=True)
 @click.option("--usual", type=click.Choice(["loop", "held"]), multiple=True, help="Compare with these as well.")
+@click.option(
+    "--engines", "with_engines", is_flag=True, help="Measure conversions between engines, not split and so on."
+)
 @click.option("--plan", "with_plan", is_flag=True, help="Plan a checkpoint of 94,000 tensors for 16 ranks.")
 @click.option("--scratch", type=click.Path(path_type=Path, file_okay=False), help="Folder for what is written.")
 @click.option("--touch", "touched", type=Size(), metavar="SIZE", help="Where the host takes back free memory.")
@@ -115,6 +135,7 @@ def main(
     rounds: int,
     tp: int,
     usual: tuple[str, ...],
+    with_engines: bool,
     with_plan: bool,
     scratch: Path | None,
     touched: int | None,
@@ -126,9 +147,12 @@ def main(
         for size in sizes or (() if with_plan else (2 * 10**9,)):
             source = models.llama(Path(name, "source"), size)
             label = f"{sum(path.stat().st_size for path in source.iterdir()) / 1e9:.1f} GB"
-            results[label] = [
-                t for _ in range(rounds) for t in one_round(Bench(Path(name), touched or 0), source, tp, usual)
-            ]
+            bench = Bench(Path(name), touched or 0)
+            turns = (
+                engines_round(bench, source, tp) if with_engines else one_round(bench, source, tp, usual)
+                for _ in range(rounds)
+            )
+            results[label] = [trial for turn in turns for trial in turn]
             remove(source)
             click.echo(f"{label}, {rounds} rounds\n\n{report(results[label])}\n")
         if with_plan:
