@@ -39,7 +39,7 @@ def read_engine_file(
 def frame_of(engine: Engine, tensors: Sequence[Tensor], around: Around) -> Frame:
     """A rank's file. Constants come first, as part of what is known beforehand."""
     if engine.format == "safetensors":
-        frame = safetensors_frame(tensors, {"format": "pt"})
+        frame = safetensors_frame(tensors, {"format": "pt"} if engine.metadata else {})
         constants = b"".join(tensor.constant for tensor in tensors if tensor.constant is not None)
         return Frame(((0, frame.head + constants),), frame.starts, frame.size) if constants else frame
     tree: Mapping[str, Any] = {tensor.name: tensor for tensor in tensors}

@@ -111,7 +111,7 @@ class Joined:
             raise InputError(f"{printable(first.name)}: {error}") from None
         name = self.name_of(template, joint.values, rank)
         parts = tuple(Part(index, *place) for index, place in zip(members, fit.places, strict=True))
-        return Tensor(name, first.dtype, fit.shape), parts
+        return Tensor(name, "F32" if recipe.order == "widened" else first.dtype, fit.shape), parts
 
     def _is_last_of_several(self, rank: int) -> bool:
         stage, stages = self.mesh.coordinates(rank).pp, self.mesh.pp
@@ -237,11 +237,13 @@ def fitted(recipe: Recipe, shapes: tuple[tuple[Shape, ...], ...], dtype: str, gr
     if any(other != entry for other in shapes):
         raise ValueError(f"the stacked tensors have other shapes: {list(map(list, entry))} and others")
     bits = DTYPE_BITS[dtype]
-    if len(entry) == 1 and not recipe.order:
+    if len(entry) == 1 and (not recipe.order or (recipe.order == "widened" and dtype == "F32")):
         inner, size = entry[0], _bytes(math.prod(entry[0]), bits)
         places: list[tuple[int, View | None]] = [(0, None)]
     elif recipe.order == "transposed":
         inner, places, size = _transposed(entry, bits)
+    elif recipe.order == "widened":
+        inner, places, size = _widened(entry, bits)
     else:
         inner, places, size = _rows(entry, bits, groups, head)
     if recipe.stacked is None:
@@ -288,6 +290,14 @@ def _transposed(entry: tuple[Shape, ...], bits: int) -> Arranged:
         places.append((before * item, view))
         before += shape[-2]
     return (*lead, inner, outer), places, math.prod(lead) * pitch
+
+
+def _widened(entry: tuple[Shape, ...], bits: int) -> Arranged:
+    """BF16 in the upper halves of F32, whose lower halves are zero: the same numbers."""
+    if len(entry) != 1 or bits != 16:
+        raise ValueError("only one BF16 tensor can be widened to F32")
+    cells = math.prod(entry[0])
+    return entry[0], [(2, strided((cells, 2), (4, 1)))], 4 * cells
 
 
 def _bytes(cells: int, bits: int) -> int:

@@ -1,8 +1,8 @@
 """Names with places to fill: ``decoder.layers.<layer>.mlp.linear_fc1.<leaf>``.
 
-``<layer>``, ``<expert>`` and every other word but ``<leaf>`` stand for a whole number; ``<leaf>`` for one segment: the
-kind of a layer's tensor, ``weight`` or ``bias``; ``<tp:02>`` for a number written with at least two digits. A template
-reads names and makes them, so a rule that relates two templates serves both directions.
+``<layer>``, ``<expert>`` and every other word stand for a whole number, but for ``<leaf>``, one segment, the kind of a
+layer's tensor (``weight`` or ``bias``), and ``<rest>``, any segments; ``<tp:02>`` for a number of at least two digits.
+A template reads names and makes them, so a rule that relates two templates serves both directions.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Meaning = TypeVar("Meaning")
 
 _PLACE = re.compile(r"<([a-z]+)(?::0([1-9]))?>")
 _NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.|$)")
-LEAF = "leaf"
+_TEXTS = {"leaf": "[^./]+", "rest": "[^/]+"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Template:
         for match in _PLACE.finditer(self.text):
             number = rf"[0-9]{{{match[2]},9}}" if match[2] else "0|[1-9][0-9]{0,8}"
             pattern += re.escape(self.text[end : match.start()])
-            pattern += f"(?P<{match[1]}>{'[^./]+' if match[1] == LEAF else number})"
+            pattern += f"(?P<{match[1]}>{_TEXTS.get(match[1], number)})"
             end = match.end()
         object.__setattr__(self, "places", places)
         object.__setattr__(self, "_pattern", re.compile(pattern + re.escape(self.text[end:])))

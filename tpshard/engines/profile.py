@@ -13,7 +13,7 @@ from tpshard.engines.names import Dictionary, Template
 from tpshard.policy import Expression, Policy
 
 Format = Literal["safetensors", "torch"]
-Order = Literal["", "rotary", "transposed"]
+Order = Literal["", "rotary", "transposed", "widened"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,8 @@ class Recipe:
     ``groups``: the rows of all parts are dealt into so many groups in the whole tensor, and follow one another group
     by group (Megatron's grouped QKV); None: one group on each rank. ``order`` of each part's rows: ``rotary``, where
     the engine keeps the two halves of each of ``heads`` heads interleaved; ``transposed``, where its last two axes
-    are exchanged. Places that only the parts have are stacked along a first axis: experts.
+    are exchanged; ``widened``, where the engine has BF16 as F32. Places that only the parts have are stacked along a
+    first axis: experts.
     """
 
     name: Template
@@ -71,6 +72,7 @@ class Tied:
 @dataclass(frozen=True, slots=True)
 class Family:
     """The names of one kind of models. ``policy``: rules that come before those of the model's own policy;
+    ``layers``: names of layers, and how many the engine takes: those beyond (of multi-token prediction) it has not;
     ``aliases``: further names under which the engine keeps what a recipe has; ``derived``: what either side may have,
     and the other makes from the configuration."""
 
@@ -81,6 +83,7 @@ class Family:
     derived: tuple[Template, ...] = ()
     vocabulary: Vocabulary | None = None
     tied: Tied | None = None
+    layers: tuple[Template, Expression] | None = None
     policy: Policy | None = None
     aliases: tuple[Recipe, ...] = ()
     engine_names: Dictionary[Recipe | Constant | None] = field(init=False, repr=False, compare=False)
@@ -116,8 +119,9 @@ class Engine:
     """``file``: the template of a weight file's path: places ``rank``, ``tp``, ``pp``, ``part``.
 
     ``local_layers``: layers are counted from 0 in each pipeline stage. ``replicas``: whether ranks may hold copies of
-    the same heads. ``inside``: the keys of a PyTorch file under which the tensors are. ``source``: the profile's
-    own file.
+    the same heads. ``inside``: the keys of a PyTorch file under which the tensors are. ``whole_experts``: the ranks
+    are dealt whole experts. ``by_name``: a file's tensors are sorted by name, ``metadata``: and it has a format's
+    mark, as the engine's own writer does it. ``source``: the profile's own file.
     """
 
     name: str
@@ -128,6 +132,9 @@ class Engine:
     local_layers: bool = False
     replicas: bool = True
     inside: tuple[str, ...] = ()
+    whole_experts: bool = False
+    by_name: bool = False
+    metadata: bool = True
     description: str = ""
     source: str = ""
 

@@ -13,9 +13,12 @@ from tpshard.patterns import parse_patterns
 from tpshard.policy import Expression, Policy
 from tpshard.policy_parsing import parse_policy
 
-ENGINE_KEYS = ("engine", "title", "description", "format", "files", "inside", "layers", "replicas", "families")
-FAMILY_KEYS = ("for", "like", "same", "tensors", "constants", "derived", "vocabulary", "tied", "policy")
-RECIPE_KEYS = ("rows", "groups", "rotary", "transposed")
+ENGINE_KEYS = (
+    "engine", "title", "description", "format", "files", "inside", "layers", "replicas", "experts", "order", "metadata",
+    "families",
+)  # fmt: skip
+FAMILY_KEYS = ("for", "like", "same", "tensors", "constants", "derived", "vocabulary", "tied", "beyond", "policy")
+RECIPE_KEYS = ("rows", "groups", "rotary", "transposed", "widened")
 
 
 def parse_engine(document: Node) -> Engine:
@@ -37,6 +40,9 @@ def parse_engine(document: Node) -> Engine:
         local_layers="layers" in table and table["layers"].one_of(("local", "global")) == "local",
         replicas=table["replicas"].flag() if "replicas" in table else True,
         source=document.mark.file,
+        whole_experts="experts" in table and table["experts"].one_of(("whole", "cut")) == "whole",
+        by_name="order" in table and table["order"].one_of(("names", "source")) == "names",
+        metadata=table["metadata"].flag() if "metadata" in table else True,
         inside=tuple(node.text() for node in _list(table["inside"])) if "inside" in table else (),
     )
 
@@ -63,6 +69,7 @@ def _family(name: str, node: Node, known: Mapping[str, Family]) -> Family:
         derived=derived or (base.derived if base else ()),
         vocabulary=_vocabulary(table["vocabulary"]) if "vocabulary" in table else base and base.vocabulary,
         tied=_tied(table["tied"]) if "tied" in table else base and base.tied,
+        layers=_beyond(table["beyond"]) if "beyond" in table else base and base.layers,
         policy=_policy(name, table["policy"]) if "policy" in table else base and base.policy,
     )
 
@@ -74,14 +81,16 @@ def _recipe(key: str, node: Node) -> Recipe:
     table = node.known_keys(RECIPE_KEYS)
     if "rows" not in table:
         node.fail("needs 'rows': the tensors that it is made of")
-    order: Order = "rotary" if "rotary" in table else "transposed" if "transposed" in table else ""
+    orders: list[Order] = [order for order in ("rotary", "transposed", "widened") if order in table]
+    if len(orders) > 1:
+        node.fail(f"is both {orders[0]} and {orders[1]}")
     return _checked(
         node,
         Recipe(
             name,
             tuple(map(_template, _list(table["rows"]))),
             groups=_expression(table["groups"]) if "groups" in table else None,
-            order=order,
+            order=orders[0] if orders else "",
             heads=_expression(table["rotary"]) if "rotary" in table else None,
         ),
     )
@@ -120,6 +129,11 @@ def _tied(node: Node) -> Tied:
         _template(table["name"]) if "name" in table else None,
         _template(table["last"]) if "last" in table else None,
     )
+
+
+def _beyond(node: Node) -> tuple[Template, Expression]:
+    table = node.known_keys(("tensors", "layers"))
+    return _template(table["tensors"]), _expression(table["layers"])
 
 
 def _policy(name: str, node: Node) -> Policy:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,13 +13,14 @@ from tpshard.checkpoint import Checkpoint
 from tpshard.companions import assign_stored
 from tpshard.conversion import DEFAULT_MAX_SHARD_SIZE, Conversion, Options
 from tpshard.engines.files import frame_of
-from tpshard.engines.joints import Joined, Joint, Logical, Part, join
+from tpshard.engines.joints import LAYER, Joined, Joint, Logical, Part, join
 from tpshard.engines.names import Template
 from tpshard.engines.profile import Engine, Family
 from tpshard.engines.rules import engine_policy, refuse_replicas
 from tpshard.engines.settings.of import settings_of
 from tpshard.engines.shelf import engine_called, family_for
 from tpshard.errors import InputError, PolicyError, printable
+from tpshard.expressions import evaluate
 from tpshard.folder import CONFIG, KEPT_CONFIG, read_bytes
 from tpshard.frames import Frame, Tensor
 from tpshard.header import DTYPE_ORDER, byte_count
@@ -80,7 +82,9 @@ def plan_engine(
     hold it."""
     engine = engine_called(engine_name)
     family = family_for(engine, checkpoint.config)
-    kept = {name: tensor for name, tensor in checkpoint.tensors.items() if not is_derived(family, name)}
+    grid = replace(grid, whole_experts=True) if engine.whole_experts else grid
+    left = {name: why for name in checkpoint.tensors if (why := reason_to_leave(family, name, checkpoint.config))}
+    kept = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in left}
     shapes = {name: tensor.shape for name, tensor in kept.items()}
     own = engine_policy(engine, family, policy, checkpoint.config, shapes, grid.mesh.tp)
     sizes = {name: byte_count(tensor.dtype, tensor.shape) for name, tensor in kept.items()}
@@ -101,7 +105,6 @@ def plan_engine(
     arrangement = EngineArrangement(joined, tuple(parts), in_order)
     plan = Plan(checkpoint, tuple(items), tuple(outputs), grid.mesh.ranks, arrangement)
     roles = {name: assigned.tensors[name].role for name in kept}
-    left = [f"{name} follows from the configuration: left out" for name in checkpoint.tensors if name not in kept]
     beside = settings_of(engine).files(joined)
     plan = replace(plan, source=without(checkpoint, beside))
     return Conversion(
@@ -109,7 +112,7 @@ def plan_engine(
         target,
         policy,
         roles,
-        warnings=(*checkpoint.warnings, *left),
+        warnings=(*checkpoint.warnings, *(f"{name} {why}: left out" for name, why in left.items())),
         mesh=grid.mesh,
         beside={**checkpoint.beside, **kept_config(checkpoint, beside), **beside},
         engine=engine.name,
@@ -130,13 +133,18 @@ def kept_config(checkpoint: Checkpoint, names: Collection[str]) -> dict[str, byt
     return {KEPT_CONFIG: read_bytes(checkpoint.folder / CONFIG)} if CONFIG in checkpoint.carried else {}
 
 
-def is_derived(family: Family, name: str) -> bool:
-    """Whether the engine makes a logical tensor from the configuration."""
+def reason_to_leave(family: Family, name: str, config: Mapping[str, Any]) -> str:
+    """Why the engine has no place for a logical tensor, and needs none; empty for all others."""
+    if family.layers is not None:
+        template, layers = family.layers
+        at = template.read(name)
+        if at is not None and int(at[LAYER]) >= evaluate(str(layers), config):
+            return f"is of a layer beyond {layers}, which the engine does not run"
     try:
         match = family.logical_names.find(name)
     except ValueError as error:
         raise InputError(f"{printable(name)}: {error}") from None
-    return match is not None and match[0] is None
+    return "follows from the configuration" if match is not None and match[0] is None else ""
 
 
 def arrange_joints(joined: Joined, limit: int | None) -> list[tuple[Joint, ...]]:
@@ -156,9 +164,12 @@ def arrange_joints(joined: Joined, limit: int | None) -> list[tuple[Joint, ...]]
             filled[:] = 0
         parts[-1].append(joint)
         filled += sizes[key]
-    return [
-        tuple(sorted(part, key=lambda joint: DTYPE_ORDER[joined.logical[joint.members[0][0]].dtype])) for part in parts
-    ]
+
+    def order(joint: Joint) -> tuple[int, str]:
+        name = joint.recipe.name.fill(joint.values) if joined.engine.by_name else ""
+        return DTYPE_ORDER[joined.logical[joint.members[0][0]].dtype], name
+
+    return [tuple(sorted(part, key=order)) for part in parts]
 
 
 def output_names(engine: Engine, mesh: Mesh) -> Callable[[int, int], str]:
