@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from tpshard.checkpoint import Checkpoint, Place, Stored, WeightFile, open_shards, weight_file
-from tpshard.companions import DENSE, assign_stored
+from tpshard.companions import assign_stored
 from tpshard.engines.files import read_engine_file
-from tpshard.engines.inference import infer
+from tpshard.engines.inference import Inferred, infer
 from tpshard.engines.joints import Joined, Logical, join
 from tpshard.engines.profile import Engine, Family
 from tpshard.engines.rules import engine_policy
@@ -21,11 +21,13 @@ from tpshard.engines.shelf import engine_called, engines, family_for
 from tpshard.errors import InputError, UsageError, printable
 from tpshard.folder import CONFIG, KEPT_CONFIG, MANIFEST_NAME, carried_files, read_bytes, read_config, read_json
 from tpshard.header import Entry, byte_count
+from tpshard.layout import Layout
 from tpshard.library import choose_policy, policy_as_data
 from tpshard.manifest import FileRecord, Manifest, TensorRecord
 from tpshard.manifest_parsing import read_manifest
 from tpshard.mesh import Grid, Mesh
 from tpshard.policy import Policy
+from tpshard.quantised import read_quantised
 
 NATIVE = "native"  # tpshard's own shards
 
@@ -199,8 +201,8 @@ class _Opening:
         shapes = {name: shape for name, (_, shape) in inferred.tensors.items()}
         sizes = {name: byte_count(dtype, shape) for name, (dtype, shape) in inferred.tensors.items()}
         own = engine_policy(self.engine, family, chosen, self.config, shapes, self.mesh.tp)
-        grid = Grid(self.mesh, layers=inferred.layers)
-        assigned = assign_stored(own, self.config, shapes, sizes, grid, DENSE)
+        grid = Grid(self.mesh, self.engine.whole_experts, inferred.layers)
+        assigned = assign_stored(own, self.config, shapes, sizes, grid, read_quantised(self._whole(inferred)))
         records = [
             TensorRecord(
                 name,
@@ -215,6 +217,14 @@ class _Opening:
             for name, (dtype, _) in inferred.tensors.items()
         ]
         return self._checkpoint(family, self._unrecorded(chosen, records), list(inferred.left))
+
+    def _whole(self, inferred: Inferred) -> Checkpoint:
+        """The checkpoint that the folder was cut from, as far as names, dtypes and shapes go."""
+        tensors = {
+            name: Stored(name, dtype, Layout.replicated(shape, 1), (None,), 0)
+            for name, (dtype, shape) in inferred.tensors.items()
+        }
+        return Checkpoint(self.folder, 1, tuple(self.files), tensors, self.config, ())
 
     def _unrecorded(self, policy: Policy, records: Sequence[TensorRecord]) -> Manifest:
         """What a manifest would say, were there one; no digests."""
