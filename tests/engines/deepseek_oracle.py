@@ -22,7 +22,9 @@ OWN = {"weight": "weight", "bias": "bias", "weight_scale_inv": "scale", "e_score
 BLOCKS = {"self_attn": "attn", "mlp": "ffn"}
 
 
-def rank_tensors(whole: Mapping[str, torch.Tensor], experts: int, ranks: int, mtp: int = 61) -> list[dict[str, torch.Tensor]]:
+def rank_tensors(
+    whole: Mapping[str, torch.Tensor], experts: int, ranks: int, mtp: int = 61
+) -> list[dict[str, torch.Tensor]]:
     """``mtp``: the layer that predicts further words, which inference leaves out. An expert stays whole and keeps its
     number: rank r has the r-th run of ``experts / ranks``. A scale is cut as its weight is."""
     out: list[dict[str, torch.Tensor]] = [{} for _ in range(ranks)]

@@ -20,6 +20,7 @@ LLAMA: dict[str, Any] = {
     "num_key_value_heads": 4, "max_position_embeddings": 40, "rms_norm_eps": 1e-5, "bos_token_id": 1,
     "eos_token_id": 2, "tie_word_embeddings": False,
 }  # fmt: skip
+MIXTRAL: dict[str, Any] = LLAMA | {"intermediate_size": 68, "num_local_experts": 6, "num_experts_per_tok": 2}
 DEEPSEEK: dict[str, Any] = {
     "vocab_size": 220, "hidden_size": 40, "intermediate_size": 192, "moe_intermediate_size": 32,
     "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4, "n_shared_experts": 2,
@@ -35,6 +36,11 @@ def llama_folder(folder: Path, dtype: torch.dtype = torch.float32, **changes: An
     build(config, "LlamaForCausalLM").to(dtype).save_pretrained(folder)
 
 
+def mixtral_folder(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> None:
+    config = transformers.MixtralConfig(**{**MIXTRAL, **changes})
+    build(config, "MixtralForCausalLM").to(dtype).save_pretrained(folder)
+
+
 def deepseek_folder(folder: Path, fp8: bool = False, **changes: Any) -> None:
     """BF16, but for the router's bias (F32); with ``fp8`` the layers' matrices are F8_E4M3 with a scale a block."""
     config = transformers.DeepseekV3Config(**{**DEEPSEEK, **changes})
@@ -44,7 +50,7 @@ def deepseek_folder(folder: Path, fp8: bool = False, **changes: Any) -> None:
     for name in list(tensors):
         if name.endswith("e_score_correction_bias"):
             tensors[name] = tensors[name].float()
-        elif fp8 and ".layers." in name and name.endswith("proj.weight") or fp8 and name.endswith("with_mqa.weight"):
+        elif fp8 and name.endswith(("proj.weight", "with_mqa.weight")):
             tensors[name], tensors[f"{name}_scale_inv"] = quantised(tensors[name])
     save_file(tensors, file, {"format": "pt"})
     if fp8:

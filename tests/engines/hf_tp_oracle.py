@@ -20,11 +20,13 @@ from torch.distributed.tensor import DTensor
 
 Cells = Mapping[str, np.ndarray]  # by name: the numbers of its cells, in the shape of the tensor
 
+FIRST, LAST = 2**20, 2**24  # no buffer made from the config holds such numbers; F32, in which some stay, has them all
+
 
 def numbered(source: Path, target: Path) -> Cells:
-    """A copy of the folder with the numbers 1, 2, … for weights (F64 holds them), all tensors counted together."""
+    """A copy of the folder with the numbers FIRST, FIRST + 1, … for weights in F64, all tensors counted together."""
     shutil.copytree(source, target)
-    out, begin = {}, 1
+    out, begin = {}, FIRST
     for file in sorted(target.glob("*.safetensors")):
         tensors = {}
         for name, tensor in load_file(file).items():
@@ -33,6 +35,7 @@ def numbered(source: Path, target: Path) -> Cells:
                 continue
             tensors[name] = torch.arange(begin, begin + tensor.numel(), dtype=torch.float64).view(tensor.shape)
             out[name], begin = tensors[name].numpy(), begin + tensor.numel()
+            assert begin <= LAST, f"{target}: too large a model"
         save_file(tensors, file, {"format": "pt"})
     return out
 
@@ -54,16 +57,16 @@ def has_plan(model_class: type, config: object) -> bool:
         return bool(model_class(config).tp_plan)  # type: ignore[call-arg]
 
 
-def local_parameters(folder: Path, model_class: type, rank: int, ranks: int) -> Cells:
-    """The rank's own part of every parameter, by transformers' names for them, which need not be those on disk."""
+def local_tensors(folder: Path, model_class: type, rank: int, ranks: int) -> Cells:
+    """The rank's own part of every parameter and buffer, by transformers' names, which need not be those on disk."""
     from transformers.distributed import DistributedConfig
 
     with pretended(rank, ranks):
         wanted = DistributedConfig(tp_size=ranks)
         model = model_class.from_pretrained(folder, distributed_config=wanted, dtype=torch.float64)  # type: ignore[attr-defined]
-        held = dict(model.named_parameters(remove_duplicate=False))
+        held = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
         return {
-            name: (p.to_local() if isinstance(p, DTensor) else p).detach().numpy().copy() for name, p in held.items()
+            name: (t.to_local() if isinstance(t, DTensor) else t).detach().numpy().copy() for name, t in held.items()
         }
 
 

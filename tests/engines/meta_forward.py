@@ -1,16 +1,14 @@
 """Llama on fairscale's layers, as Meta's own code has it: every rank runs from its own file of a consolidated folder.
 
-``python -m tests.engines.meta_forward FOLDER TOKENS.pt LOGITS.pt RENDEZVOUS RANK RANKS`` is one rank; ``logits`` starts
-all. Rows 2i and 2i + 1 of a head turn together here, so files whose queries lie as transformers has them are found out.
+Rows 2i and 2i + 1 of a head turn together here, so files whose queries lie as transformers has them are found out.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +21,16 @@ def logits(folder: Path, tokens: torch.Tensor, scratch: Path) -> torch.Tensor:
     """What the ranks say together; as many as there are files."""
     ranks = len(list(folder.glob("*.pth")))
     torch.save(tokens, scratch / "tokens.pt")
-    (scratch / "rendezvous").unlink(missing_ok=True)
-    files = [folder, scratch / "tokens.pt", scratch / "logits.pt", scratch / "rendezvous"]
-    command = [sys.executable, "-m", "tests.engines.meta_forward", *map(str, files)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    running = [subprocess.Popen([*command, str(rank), str(ranks)], env=environment) for rank in range(ranks)]
-    codes = [process.wait() for process in running]
-    assert codes == [0] * ranks, codes
+    for name in ("rendezvous", "logits.pt"):
+        (scratch / name).unlink(missing_ok=True)
+    context = multiprocessing.get_context("forkserver")  # imports torch once, not in every rank
+    context.set_forkserver_preload([__name__, "fairscale.nn.model_parallel.layers"])
+    running = [context.Process(target=rank_logits, args=(folder, scratch, rank, ranks)) for rank in range(ranks)]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join()
+    assert [process.exitcode for process in running] == [0] * ranks
     out: torch.Tensor = torch.load(scratch / "logits.pt")
     return out
 
@@ -71,9 +72,7 @@ class Attention(nn.Module):
         self.wq, self.wk, self.wv, self.wo = column(dim, dim), column(dim, keys), column(dim, keys), row(dim, dim)
 
     def forward(self, x: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
-        q, k, v = (
-            layer(x).unflatten(-1, (-1, self.size)).transpose(1, 2) for layer in (self.wq, self.wk, self.wv)
-        )
+        q, k, v = (layer(x).unflatten(-1, (-1, self.size)).transpose(1, 2) for layer in (self.wq, self.wk, self.wv))
         out = scaled_dot_product_attention(turned(q, by), turned(k, by), v, is_causal=True, enable_gqa=True)
         done: torch.Tensor = self.wo(out.transpose(1, 2).flatten(2))
         return done
@@ -125,22 +124,20 @@ class Llama(nn.Module):
         return out
 
 
-def main(folder: str, tokens: str, target: str, rendezvous: str, rank: int, ranks: int) -> None:
+def rank_logits(folder: Path, scratch: Path, rank: int, ranks: int) -> None:
     from fairscale.nn.model_parallel import initialize_model_parallel
 
-    torch.distributed.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=ranks)
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.distributed.init_process_group("gloo", f"file://{scratch / 'rendezvous'}", rank=rank, world_size=ranks)
     initialize_model_parallel(ranks)
-    files = sorted(Path(folder).glob("*.pth"))
+    files = sorted(folder.glob("*.pth"))
     tensors = torch.load(files[rank], weights_only=True)
-    params = json.loads((Path(folder) / "params.json").read_text())
+    params = json.loads((folder / "params.json").read_text())
     vocabulary = tensors["output.weight"].shape[0] * ranks
     model = Llama(params, vocabulary, by_rows=tensors["tok_embeddings.weight"].shape[0] < vocabulary)
     model.load_state_dict({name: tensor for name, tensor in tensors.items() if name != "rope.freqs"}, strict=True)
     with torch.inference_mode():
-        out = model(torch.load(tokens))
+        out = model(torch.load(scratch / "tokens.pt"))
     if rank == 0:
-        torch.save(out, target)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:5], int(sys.argv[5]), int(sys.argv[6]))
+        torch.save(out, scratch / "logits.pt")

@@ -101,7 +101,9 @@ def halves(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return weight.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
 
 
-def rank_tensors(whole: Tensors, config: Mapping[str, Any], ranks: int, embedding_axis: int) -> list[dict[str, torch.Tensor]]:
+def rank_tensors(
+    whole: Tensors, config: Mapping[str, Any], ranks: int, embedding_axis: int
+) -> list[dict[str, torch.Tensor]]:
     """``embedding_axis``: 1 for Llama 1 and 2, 0 for Llama 3. A tied head is written out."""
     heads = {"attention.wq": config["num_attention_heads"], "attention.wk": config["num_key_value_heads"]}
     embedding = whole["model.embed_tokens.weight"]
