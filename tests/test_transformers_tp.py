@@ -16,7 +16,8 @@ from tests.architectures import Architecture, architectures
 from tests.build import load
 from tests.engines.hf_tp_oracle import Cells, by_tensor, has_plan, local_tensors, model_class_of, numbered
 from tests.proof import save
-from tpshard.convert import plan_split, run
+from tpshard.conversion import run
+from tpshard.convert import plan_split
 
 RANKS = 2
 OTHERWISE = {  # cut by both, but not alike: transformers cuts the rows as they come and gathers the output
