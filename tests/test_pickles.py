@@ -179,9 +179,7 @@ def test_these_pickles_do_run_in_python(tmp_path: Path, monkeypatch: pytest.Monk
     """Else the tests above would prove nothing."""
     monkeypatch.chdir(tmp_path)
     for name in ("os.system", "builtins.exec", "functools.partial", "INST", "OBJ"):
-        made = pickle.loads(RUNNING[name])
-        if name == "functools.partial":
-            made()
+        pickle.loads(RUNNING[name])
         assert Path(CANARY).exists(), name
         Path(CANARY).rmdir()
 
@@ -237,12 +235,12 @@ def test_broken_pickles(name: str) -> None:
 
 
 NESTED = {
-    "lists in lists": (b"\x80\x02" + b"]" * 300_000 + b"a" * 299_999 + b".", list),
-    "tuples in tuples": (b"\x80\x02)" + b"\x85" * 300_000 + b".", tuple),
-    "marks": (b"\x80\x02" + b"(" * 300_000 + b"t" * 300_000 + b".", tuple),
+    "lists in lists": (b"\x80\x02" + b"]" * 60_000 + b"a" * 59_999 + b".", list),
+    "tuples in tuples": (b"\x80\x02)" + b"\x85" * 60_000 + b".", tuple),
+    "marks": (b"\x80\x02" + b"(" * 60_000 + b"t" * 60_000 + b".", tuple),
     "a tree of 2^300": (b"\x80\x02N" + b"2\x86" * 300 + b".", tuple),
     "memo far away": (b"\x80\x02Nr\xff\xff\xff\xff0j\xff\xff\xff\xff.", type(None)),
-    "memo of each": (b"\x80\x04" + b"N\x94" * 200_000 + b"0" * 199_999 + b".", type(None)),
+    "memo of each": (b"\x80\x04" + b"N\x94" * 60_000 + b"0" * 59_999 + b".", type(None)),
     "a long text many times": (b"\x80\x02](" + u(b"a" * 100_000) + b"q\x00" + b"h\x00" * 100_000 + b"e.", list),
 }  # fmt: skip
 

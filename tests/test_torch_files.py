@@ -66,7 +66,7 @@ def test_float4_counts_elements(tmp_path: Path) -> None:
     path = saved(tmp_path / "x.pt", {"a": packed})
     entry = read_torch_file(path).header.entries["a"]
     assert (entry.dtype, entry.shape) == ("F4", (3, 10))
-    assert read_entry(path, entry) == bytes_of(packed.view(torch.uint8))
+    assert read_entry(path.read_bytes(), entry) == bytes_of(packed.view(torch.uint8))
 
 
 VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -185,16 +185,16 @@ UNCLEAR: dict[str, tuple[Any, str]] = {
     "one name twice": ({"a": {"b": A}, "a.b": B}, "two tensors are called a.b"),
     "a name that is a path": ({"../a": A}, "tensor name '../a' is a path"),
     "a name with an escape": ({"a\x1b[2J": A}, "holds control characters"),
-    "a name that is no text": ({(1, 2): A}, "tensor name"),
+    "a name that is no text": ({(1, 2): A}, "a tensor lies under a key of kind tuple, which is no name"),
     "deep": ({"a": __import__("functools").reduce(lambda inner, _: [inner], range(80), A)}, "nested deeper than 64"),
     "sparse": ({"a": torch.eye(3).to_sparse()}, "a: is a sparse tensor, which is not read (save plain tensors)"),
-    "quantised": ({"a": torch.quantize_per_tensor(A, 0.1, 0, torch.qint8)}, ""),
+    "quantised": (lambda: {"a": torch.quantize_per_tensor(A, 0.1, 0, torch.qint8)}, "storage of torch.QInt8Storage, which is not read"),
     "meta": ({"a": torch.empty(3, device="meta")}, "a: is a tensor without data (device meta)"),
     "expanded": ({"a": A[:1].expand(4, 2)}, "that repeats itself (strides [0, 1])"),
     "overlapping": ({"a": a_tensor("F32", (6,)).as_strided((4, 3), (1, 1))}, "overlaps itself"),
     "conjugate": ({"a": a_tensor("C64", (3,)).conj()}, "negated or conjugated"),
     "complex128": ({"a": torch.zeros(3, dtype=torch.complex128)}, "storage of torch.ComplexDoubleStorage, which is not read"),
-    "a storage": ({"a": A, "s": A.untyped_storage()}, "s: is a storage without a shape"),
+    "a storage": ({"a": A, "s": torch.ones(3).untyped_storage()}, "s: is a storage without a shape"),
     "a module": (torch.nn.Linear(3, 2), "needs torch.nn.modules.linear.Linear, which is not read; nothing was executed"),
     "a namespace": ({"model": {"a": A}, "args": argparse.Namespace(x=1)}, "needs argparse.Namespace, which is not read"),
     "an array": ({"a": np.arange(3)}, "needs numpy"),
@@ -205,6 +205,7 @@ UNCLEAR: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("name", UNCLEAR)
 def test_what_is_not_clear_is_refused(tmp_path: Path, name: str) -> None:
     value, message = UNCLEAR[name]
+    value = value() if name == "quantised" else value  # warns, as torch is about to drop it
     assert message in refusal(saved(tmp_path / "x.pt", value))
 
 
@@ -234,7 +235,7 @@ def test_a_tree_with_records(tmp_path: Path) -> None:
 FLOAT, BYTES = Global("torch", "FloatStorage"), Global("torch", "ByteStorage")
 
 
-def rebuilt(first: object = 0, shape: object = (3, 2), strides: object = (2, 1), key: object = "0", numel: object = 6, kind: object = FLOAT, more: tuple[object, ...] = (False, Call(Global("collections", "OrderedDict"), ()))) -> Call:  # fmt: skip
+def rebuilt(first: object = 0, shape: object = (3, 2), strides: object = (2, 1), key: object = "0", numel: object = 12, kind: object = FLOAT, more: tuple[object, ...] = (False, Call(Global("collections", "OrderedDict"), ()))) -> Call:  # fmt: skip
     storage = Persistent(("storage", kind, key, "cpu", numel))
     return Call(Global("torch._utils", "_rebuild_tensor_v2"), (storage, first, shape, strides, *more))
 
@@ -278,10 +279,10 @@ FILES: dict[str, tuple[bytes, str]] = {
     "a storage of a negative size": (around(rebuilt(numel=-1)), "whose size is no count"),
     "a storage of another class": (around(rebuilt(kind=NAMESPACE)), "needs argparse.Namespace"),
     "a storage that is a text": (around(rebuilt(kind="FloatStorage")), "a storage of no known kind"),
-    "a tensor beyond its storage": (around(rebuilt(first=1)), "from element 1 of 4 bytes, its storage has 24 bytes"),
+    "a tensor beyond its storage": (around(rebuilt(first=7)), "from element 7 of 4 bytes, its storage has 48 bytes"),
     "a negative offset": (around(rebuilt(first=-1)), "are no counts"),
     "negative strides": (around(rebuilt(strides=(-2, 1))), "are no counts"),
-    "strides beyond": (around(rebuilt(strides=(2**40, 1))), "its storage has 24 bytes"),
+    "strides beyond": (around(rebuilt(strides=(2**40, 1))), "its storage has 48 bytes"),
     "a shape beyond any file": (around(rebuilt(shape=(2**60, 0))), "are no counts"),
     "a shape that is a bool": (around(rebuilt(shape=(True, 2))), "are no counts"),
     "a shape that is a list": (around(rebuilt(shape=[3, 2])), "do not fit each other"),
@@ -337,7 +338,7 @@ RUN = b"\x80\x02cposix\nsystem\nX\x0c\x00\x00\x00mkdir canary\x85R."
 def test_a_tree_that_is_shared_without_end(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     path.write_bytes(torch_zip(b"\x80\x02}X\x01\x00\x00\x00aN" + b"2\x86" * 40 + b"s."))
-    assert "or more than 4000000" in refusal(path)
+    assert "or more than 2000000" in refusal(path)
     path.write_bytes(torch_zip(b"\x80\x02}q\x00X\x01\x00\x00\x00ah\x00s."))
     assert "nested deeper than 64" in refusal(path)
 
@@ -367,7 +368,7 @@ def test_damage_to_the_old_format(tmp_path: Path, name: str) -> None:
 
 
 def test_an_old_file_of_many_pickled_bytes(tmp_path: Path) -> None:
-    tensors = {f"{number:05d}" + "n" * 300: a_tensor("U8", (number % 5,)) for number in range(3000)}
+    tensors = {f"{number:05d}" + "n" * 900: a_tensor("U8", (number % 5,)) for number in range(1200)}
     path = saved(tmp_path / "x.pt", tensors, _use_new_zipfile_serialization=False)
     assert path.stat().st_size > 2**20
     same(path, read_torch_file(path).header.entries, tensors)
@@ -397,7 +398,7 @@ def test_a_changed_file_is_read_or_refused(
         assert "\n" not in str(error)
     for entry in found.header.entries.values() if found else ():
         assert isinstance(entry, Entry)
-        assert len(read_entry(path, entry)) == entry.size
+        assert len(read_entry(bytes(raw), entry)) == entry.size
     shutil.rmtree(path.parent)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import zipfile
 from pathlib import Path
@@ -81,9 +82,9 @@ def test_the_layout_is_torchs_own(tmp_path: Path) -> None:
     saved = tmp_path / "archive.pt"  # torch's own, of the same archive name
     torch.save(tensors, saved)
     entries = read_torch_file(saved).header.entries
-    steps = [second - first for first, second in zip(frame.starts, frame.starts[1:], strict=False)]
+    steps = [second - first for first, second in itertools.pairwise(frame.starts)]
     theirs = [entries[f"{seed}"].offset for seed in range(40)]
-    assert steps[1:] == [second - first for first, second in zip(theirs, theirs[1:], strict=False)][1:]
+    assert steps[1:] == [second - first for first, second in itertools.pairwise(theirs)][1:]
 
 
 def test_a_tree_around_the_tensors(tmp_path: Path) -> None:

@@ -83,6 +83,8 @@ class Machine:
 
     def line(self) -> str:
         end = self.data.find(b"\n", self.at, self.at + LONGEST_NAME)
+        if end < 0 and self.at + LONGEST_NAME > len(self.data):
+            raise IndexError
         if end < 0:
             raise InputError(f"has a name of more than {LONGEST_NAME} bytes", hint="it is damaged")
         raw, self.at = self.data[self.at : end], end + 1

@@ -25,7 +25,7 @@ BESIDE = (
     "ema", "callbacks", "loops", "dataloader", "sampler", "train_state", "teacher", "swa",
 )  # fmt: skip
 DEEPEST = 64
-MOST_NODES = 4_000_000  # what is shared counts each time: a small file may be a huge tree
+MOST_NODES = 2_000_000  # what is shared counts each time: a small file may be a huge tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,10 @@ def tensors_under(value: object, where: str) -> tuple[dict[str, Entry], list[str
     found: dict[str, Entry] = {}
     rest: list[str] = []
     for steps, leaf in leaves(value, where):
-        name = ".".join(steps)
+        name = ".".join(str(step) if type(step) in (str, int) else f"<{type(step).__name__}>" for step in steps)
+        odd = [type(step).__name__ for step in steps if type(step) not in (str, int)]
+        if odd and isinstance(leaf, Entry):
+            raise InputError(f"{where}: a tensor lies under a key of kind {odd[0]}, which is no name")
         if not isinstance(leaf, Entry):
             _refuse_tensor(leaf, name, where)
             rest.append(name)
@@ -74,19 +77,18 @@ def tensors_under(value: object, where: str) -> tuple[dict[str, Entry], list[str
     return found, rest
 
 
-def leaves(value: object, where: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+def leaves(value: object, where: str) -> Iterator[tuple[tuple[object, ...], Any]]:
     """What a tree of dicts, lists and tuples ends in, each with the keys that lead to it. Depth and number are
     limited. Raises InputError."""
-    todo: list[tuple[tuple[str, ...], object]] = [((), value)]
+    todo: list[tuple[tuple[object, ...], object]] = [((), value)]
     nodes = 0
     while todo:
         steps, node = todo.pop()
         nodes += 1
         if isinstance(node, dict):
-            below = [((*steps, str(step) if type(step) in (str, int) else f"<{type(step).__name__}>"), part)
-                     for step, part in node.items()]  # fmt: skip
+            below = [((*steps, step), part) for step, part in node.items()]
         elif isinstance(node, list | tuple) and node:
-            below = [((*steps, str(index)), part) for index, part in enumerate(node)]
+            below = [((*steps, index), part) for index, part in enumerate(node)]
         else:
             yield steps, node
             continue
