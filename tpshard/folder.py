@@ -61,10 +61,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return parse_json_object(raw, str(path))
 
 
-def read_bytes(path: Path) -> bytes:
-    """A small file. Raises StorageError."""
+def read_bytes(path: Path, offset: int = 0, count: int = -1) -> bytes:
+    """A small file, or a part of one. Raises StorageError."""
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            file.seek(offset)
+            return file.read(count)
     except OSError as error:
         raise StorageError(f"{path}: {error.strerror}") from None
 

@@ -7,9 +7,11 @@ from typing import Any
 
 import click
 
-from tpshard.checkpoint import Checkpoint, Stored, open_checkpoint
+from tpshard.checkpoint import Checkpoint, Stored
 from tpshard.cli import options, render
+from tpshard.engines.opening import open_any
 from tpshard.errors import UsageError, printable
+from tpshard.folder import config_of
 from tpshard.header import byte_count
 from tpshard.layout import Layout, Shard
 from tpshard.manifest import Manifest, layout_as_data
@@ -20,8 +22,10 @@ from tpshard.policy_check import in_runs
 @click.command()
 @click.argument("folder", metavar="PATH", type=options.FOLDER)
 @click.option("--filter", "pattern", metavar="PATTERN", help="Only layers or tensors like this, as in a policy's keys.")
+@click.option("--engine", metavar="E", help="Whose files PATH has; default: recorded, or recognised.")
+@options.config
 @options.as_json
-def inspect(folder: Path, pattern: str | None, as_json: bool) -> None:
+def inspect(folder: Path, pattern: str | None, engine: str | None, config: Path | None, as_json: bool) -> None:
     """Show the tensors of a checkpoint or shard folder: dtype, shape, size, and which rank holds what.
 
     Only headers are read.
@@ -31,7 +35,7 @@ def inspect(folder: Path, pattern: str | None, as_json: bool) -> None:
     tpshard inspect llama-8b-tp4 --filter 'self_attn.{q_proj,k_proj}'
     tpshard inspect llama-8b-tp4 --filter 'layers.0.**' --json
     """
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_any(folder, engine, config_of(config) if config else None)
     render.warn(checkpoint.warnings)
     chosen = _chosen(checkpoint, pattern)
     if as_json:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tpshard.checkpoint import Checkpoint, Place, Stored, WeightFile, open_shards, weight_file
+from tpshard.checkpoint import Checkpoint, Place, Stored, WeightFile, open_checkpoint, open_shards, weight_file
 from tpshard.companions import assign_stored
 from tpshard.engines.files import read_engine_file
 from tpshard.engines.inference import Inferred, infer
@@ -85,6 +85,12 @@ def open_ranks(
     if found is None:
         return open_shards(folder)  # says what is missing
     return _Opening(folder, found, config).without_manifest(policy)
+
+
+def open_any(folder: Path, engine: str | None = None, config: Mapping[str, Any] | None = None) -> Checkpoint:
+    """A checkpoint folder of any kind."""
+    source = Source(folder, engine, config)
+    return open_checkpoint(folder) if source.is_native else source.open()
 
 
 def recognised(folder: Path) -> Engine | None:
@@ -292,7 +298,7 @@ class _Opening:
                 found = own.get(tensor.name)
                 if found is None:
                     if tensor.constant is not None:
-                        continue  # by the engine's version
+                        continue  # not every version of the engine has it
                     raise InputError(f"{self.folder}: rank {rank} lacks {printable(tensor.name)}")
                 index, entry = found
                 if (entry.dtype, entry.shape) != (tensor.dtype, tensor.shape):
@@ -302,6 +308,12 @@ class _Opening:
                         hint="is config.json the model's?",
                     )
                 unmet.discard(tensor.name)
+                if (
+                    tensor.constant is not None
+                    and read_bytes(self.files[index].path, entry.offset, entry.size) != tensor.constant
+                ):
+                    what = f"{printable(tensor.name)} on rank {rank} is not what {self.engine.title} has by itself"
+                    raise InputError(f"{self.files[index].path}: {what}", hint="it belongs to a quantised cache")
                 for part in parts:
                     places[part.logical][rank] = Place(index, entry.offset + part.offset, part.view)
             if unmet:

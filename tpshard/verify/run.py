@@ -26,6 +26,8 @@ def verify(request: Request) -> Report:
         raise UsageError("several processes meet through torch, which is not installed", hint="pip install torch")
     if adapter_base(request.folder, request.base) is not None:
         raise UsageError("adapters are verified in one process", hint="start it without torchrun")
+    if not request.ranks.is_native:
+        raise UsageError("an engine's folder is verified in one process", hint="start it without torchrun")
     from tpshard.verify.together import verify_together
 
     return verify_together(request)
