@@ -30,7 +30,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("engines.__init__", "engines.names", "engines.profile", "engines.profile_parsing", "engines.shelf"),
     ("engines.joints", "engines.rules", "engines.inference"),
     ("engines.settings.__init__", "engines.settings.kind", "engines.settings.of"),
-    ("engines.files", "engines.opening", "engines.writing"),
+    ("engines.files", "engines.finding", "engines.opening", "engines.writing"),
     ("convert", "summary", "demo"),
     ("verify.report", "verify.slots", *FAMILIES, "verify.families.__init__"),
     ("verify.axes", "verify.differences", "verify.ties", "verify.siblings", "verify.layout", "verify.grid_layout"),

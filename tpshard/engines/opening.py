@@ -11,21 +11,23 @@ from typing import Any
 from tpshard.checkpoint import Checkpoint, Place, Stored, WeightFile, open_checkpoint, open_shards, weight_file
 from tpshard.companions import assign_stored
 from tpshard.engines.files import read_engine_file
+from tpshard.engines.finding import RankFile, mesh_of, rank_files, recognised
 from tpshard.engines.inference import Inferred, infer
 from tpshard.engines.joints import Joined, Logical, join
 from tpshard.engines.profile import Engine, Family
 from tpshard.engines.rules import engine_policy
 from tpshard.engines.settings.kind import Told
 from tpshard.engines.settings.of import settings_of
-from tpshard.engines.shelf import engine_called, engines, family_for
+from tpshard.engines.shelf import engine_called, family_for
 from tpshard.errors import InputError, UsageError, printable
 from tpshard.folder import CONFIG, KEPT_CONFIG, MANIFEST_NAME, carried_files, read_bytes, read_config, read_json
+from tpshard.frames import Tensor
 from tpshard.header import Entry, byte_count
 from tpshard.layout import Layout
 from tpshard.library import choose_policy, policy_as_data
 from tpshard.manifest import FileRecord, Manifest, TensorRecord
 from tpshard.manifest_parsing import read_manifest
-from tpshard.mesh import Grid, Mesh
+from tpshard.mesh import Grid
 from tpshard.policy import Policy
 from tpshard.quantised import read_quantised
 
@@ -56,16 +58,6 @@ class Source:
         return recognised(self.folder) is None
 
 
-@dataclass(frozen=True, slots=True)
-class RankFile:
-    """A weight file found in a folder."""
-
-    name: str
-    tp: int
-    pp: int
-    part: int
-
-
 def open_ranks(
     folder: Path, engine: str | None = None, config: Mapping[str, Any] | None = None, policy: str = "auto"
 ) -> Checkpoint:
@@ -91,51 +83,6 @@ def open_any(folder: Path, engine: str | None = None, config: Mapping[str, Any] 
     """A checkpoint folder of any kind."""
     source = Source(folder, engine, config)
     return open_checkpoint(folder) if source.is_native else source.open()
-
-
-def recognised(folder: Path) -> Engine | None:
-    """The engine whose files a folder has; None where there is none. Raises UsageError where it is not clear."""
-    if not folder.is_dir():
-        return None
-    fitting = [engine for engine in engines().values() if rank_files(folder, engine)]
-    if len(fitting) > 1:
-        names = ", ".join(engine.name for engine in fitting)
-        raise UsageError(f"{folder}: could be of several engines: {names}", hint="say which with --from")
-    return fitting[0] if fitting else None
-
-
-def rank_files(folder: Path, engine: Engine) -> list[RankFile]:
-    """The files with an engine's names, sorted by rank and part."""
-    found = []
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        for template in engine.files:
-            values = template.read(name)
-            if values is not None:
-                numbers = {place: int(value) for place, value in values.items()}
-                tp = numbers.get("tp", numbers.get("rank", 0))
-                found.append(RankFile(name, tp, numbers.get("pp", 0), numbers.get("part", 0)))
-    return sorted(found, key=lambda file: (file.pp, file.tp, file.part))
-
-
-def mesh_of(folder: Path, files: Sequence[RankFile]) -> Mesh:
-    """The ranks that the files are of. Raises InputError where one is missing."""
-    if not files:
-        raise InputError(f"{folder}: holds no weight files of this engine")
-    mesh = Mesh(tp=1 + max(file.tp for file in files), pp=1 + max(file.pp for file in files))
-    have = {(file.pp, file.tp) for file in files}
-    for rank in range(mesh.ranks):
-        at = mesh.coordinates(rank)
-        if (at.pp, at.tp) not in have:
-            stage = f" of stage {at.pp}" if mesh.pp > 1 else ""
-            raise InputError(
-                f"{folder}: rank {at.tp}{stage} has no file, rank {mesh.tp - 1} has", hint="is the folder complete?"
-            )
-    for pp, tp in sorted(have):
-        parts = [file.part for file in files if (file.pp, file.tp) == (pp, tp)]
-        if parts != list(range(len(parts))):
-            raise InputError(f"{folder}: of rank {tp} there are the parts {parts}, not 0 to {max(parts)}")
-    return mesh
 
 
 class _Opening:
@@ -308,14 +255,16 @@ class _Opening:
                         hint="is config.json the model's?",
                     )
                 unmet.discard(tensor.name)
-                if (
-                    tensor.constant is not None
-                    and read_bytes(self.files[index].path, entry.offset, entry.size) != tensor.constant
-                ):
-                    what = f"{printable(tensor.name)} on rank {rank} is not what {self.engine.title} has by itself"
-                    raise InputError(f"{self.files[index].path}: {what}", hint="it belongs to a quantised cache")
+                if tensor.constant is not None:
+                    self._check_constant(index, entry, tensor)
                 for part in parts:
                     places[part.logical][rank] = Place(index, entry.offset + part.offset, part.view)
             if unmet:
                 raise InputError(f"{self.folder}: rank {rank} holds {printable(min(unmet))}, which has no place there")
         return places
+
+    def _check_constant(self, file: int, entry: Entry, tensor: Tensor) -> None:
+        path = self.files[file].path
+        if read_bytes(path, entry.offset, entry.size) != tensor.constant:
+            what = f"{printable(tensor.name)} is not what {self.engine.title} has by itself"
+            raise InputError(f"{path}: {what}", hint="scales of a key-value cache are not carried over")
