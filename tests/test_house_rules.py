@@ -26,7 +26,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("policy_names", "policy_heads", "policy_layers", "policy_ways", "policy_draft"),
     ("policy_text", "policy_search", "policy_init"),
     ("staging", "sources", "quantised_layer", "quantised_packed", "quantised_formats", "quantised"),
-    ("outputs", "execute", "carrying", "conversion"),
+    ("outputs", "execute", "carrying", "copies", "conversion"),
     ("engines.__init__", "engines.names", "engines.profile", "engines.profile_parsing", "engines.shelf"),
     ("engines.joints", "engines.rules", "engines.inference"),
     ("engines.settings.__init__", "engines.settings.kind", "engines.settings.of"),

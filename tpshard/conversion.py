@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tpshard.carrying import carry, written_beside
+from tpshard.copies import require_equal_copies
 from tpshard.errors import UsageError
 from tpshard.execute import Written, execute
 from tpshard.folder import MANIFEST_NAME, safetensors_names
@@ -86,6 +87,8 @@ def run(conversion: Conversion, options: Options = Options()) -> Done:
     check_target(target, plan.source.folder)
     check_space(target, conversion.disk_needed)
     begin = time.monotonic()
+    if plan.source.manifest is not None and not plan.source.manifest.recorded:
+        require_equal_copies(plan.source)
     algorithm = plan.source.manifest.algorithm if plan.source.manifest else options.digest
     with Staging(target) as staging:
         written = execute(plan, staging, algorithm, options.threads, options.progress)
