@@ -141,13 +141,12 @@ class Joined:
         return rows // heads
 
     def _constants(self, joint: Joint, rank: int) -> Iterator[Tensor]:
+        """Those that stand beside one of the joint's tensors."""
+        own = [self.logical[index] for index in joint.members[0]]
         for constant in self.family.constants:
-            if (
-                constant.beside not in joint.recipe.parts
-                or self.logical[joint.members[0][0]].layout.shards[rank] is None
-            ):
-                continue
-            yield Tensor(self.name_of(constant.name, joint.values, rank), constant.dtype, (), constant_bytes(constant))
+            if any(t.layout.shards[rank] is not None and constant.beside.read(t.name) is not None for t in own):
+                name = self.name_of(constant.name, joint.values, rank)
+                yield Tensor(name, constant.dtype, (), constant_bytes(constant))
 
 
 def constant_bytes(constant: Constant) -> bytes:
