@@ -27,7 +27,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("policy_text", "policy_search", "policy_init"),
     ("staging", "sources", "quantised_layer", "quantised_packed", "quantised_formats", "quantised"),
     ("outputs", "execute", "carrying", "copies", "conversion"),
-    ("engines.__init__", "engines.names", "engines.profile", "engines.profile_parsing", "engines.shelf"),
+    ("engines.__init__", "engines.names", "engines.orders", "engines.profile", "engines.profile_parsing", "engines.shelf"),
     ("engines.joints", "engines.rules", "engines.inference"),
     ("engines.settings.__init__", "engines.settings.kind", "engines.settings.of"),
     ("engines.files", "engines.finding", "engines.opening", "engines.writing"),

@@ -102,6 +102,11 @@ def _parts(
     inner = shape if recipe.stacked is None else shape[1:]
     if recipe.order == "transposed":
         inner = (*inner[:-2], inner[-1], inner[-2])
+    if recipe.axes is not None:
+        try:
+            inner = recipe.axes.back(inner, dict(recipe.lengths(config)))
+        except ValueError as error:
+            raise InputError(f"{printable(name)}: {error}", hint="is config.json the model's?") from None
     names = [[part.fill({**values, **entry}) for part in recipe.parts] for entry in entries]
     if len(recipe.parts) == 1:
         return [(own[0], inner) for own in names]

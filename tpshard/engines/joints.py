@@ -106,7 +106,8 @@ class Joined:
         if self._is_last_of_several(rank):
             template = next((alias.name for alias in self.family.aliases if alias.parts == recipe.parts), template)
         try:
-            fit = fitted(recipe, tuple(shapes), first.dtype, self._groups(recipe, first), self._heads(recipe, first))
+            groups, head = self._groups(recipe, first), self._heads(recipe, first)
+            fit = fitted(recipe, tuple(shapes), first.dtype, groups, head, recipe.lengths(self.config))
         except ValueError as error:
             raise InputError(f"{printable(first.name)}: {error}") from None
         name = self.name_of(template, joint.values, rank)
@@ -222,13 +223,20 @@ Arranged = tuple[Shape, list[tuple[int, View | None]], int]  # shape, places, by
 
 
 @lru_cache(maxsize=4096)
-def fitted(recipe: Recipe, shapes: tuple[tuple[Shape, ...], ...], dtype: str, groups: int, head: int) -> Fit:
+def fitted(
+    recipe: Recipe,
+    shapes: tuple[tuple[Shape, ...], ...],
+    dtype: str,
+    groups: int = 1,
+    head: int = 0,
+    lengths: tuple[tuple[str, int], ...] = (),
+) -> Fit:
     """How tensors of these shapes (by stacked entry and part) lie in the engine's one; ``groups`` on this rank (0:
-    each row is one), ``head``: rows of one. Raises ValueError where they do not fit together.
+    each row is one), ``head``: rows of one, ``lengths``: of the axes of the recipe's order. Raises ValueError where they do not fit together.
 
     >>> from tpshard.engines.names import Template
     >>> qkv = Recipe(Template("qkv"), (Template("q"), Template("k"), Template("v")), groups=2)
-    >>> fit = fitted(qkv, (((8, 3), (4, 3), (4, 3)),), "F16", 2, 0)
+    >>> fit = fitted(qkv, (((8, 3), (4, 3), (4, 3)),), "F16", groups=2)
     >>> fit.shape, fit.places[1]
     ((16, 3), (24, View(shape=(2, 12), strides=(48, 1))))
     """
@@ -236,9 +244,13 @@ def fitted(recipe: Recipe, shapes: tuple[tuple[Shape, ...], ...], dtype: str, gr
     if any(other != entry for other in shapes):
         raise ValueError(f"the stacked tensors have other shapes: {list(map(list, entry))} and others")
     bits = DTYPE_BITS[dtype]
-    if len(entry) == 1 and (not recipe.order or (recipe.order == "widened" and dtype == "F32")):
+    if recipe.axes is not None:
+        inner, view = recipe.axes.fit(entry[0], dict(lengths), _bytes(1, bits))
+        size = _bytes(math.prod(inner), bits)
+        places: list[tuple[int, View | None]] = [(0, view)]
+    elif len(entry) == 1 and (not recipe.order or (recipe.order == "widened" and dtype == "F32")):
         inner, size = entry[0], _bytes(math.prod(entry[0]), bits)
-        places: list[tuple[int, View | None]] = [(0, None)]
+        places = [(0, None)]
     elif recipe.order == "transposed":
         inner, places, size = _transposed(entry, bits)
     elif recipe.order == "widened":

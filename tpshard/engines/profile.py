@@ -6,10 +6,13 @@ read in both directions, so what is written can be read back, and there is no se
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from tpshard.engines.names import Dictionary, Template
+from tpshard.engines.orders import AxisOrder
+from tpshard.expressions import evaluate
 from tpshard.policy import Expression, Policy
 
 Format = Literal["safetensors", "torch"]
@@ -23,7 +26,8 @@ class Recipe:
     ``groups``: the rows of all parts are dealt into so many groups in the whole tensor, and follow one another group
     by group (Megatron's grouped QKV); None: one group on each rank. ``order`` of each part's rows: ``rotary``, where
     the engine keeps the two halves of each of ``heads`` heads interleaved; ``transposed``, where its last two axes
-    are exchanged; ``widened``, where the engine has BF16 as F32. Places that only the parts have are stacked along a
+    are exchanged; ``widened``, where the engine has BF16 as F32; ``axes``, with the
+    lengths ``sizes``, for any other order of a single part. Places that only the parts have are stacked along a
     first axis: experts.
     """
 
@@ -32,6 +36,17 @@ class Recipe:
     groups: Expression | None = None
     order: Order = ""
     heads: Expression | None = None
+    axes: AxisOrder | None = None
+    sizes: tuple[tuple[str, Expression], ...] = ()
+
+    def lengths(self, config: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:
+        """The lengths of ``axes`` that the configuration says."""
+        return tuple((name, evaluate(str(expression), config)) for name, expression in self.sizes)
+
+    @property
+    def is_reordered(self) -> bool:
+        """Whether a part may lie in the engine's tensor otherwise than in one run."""
+        return bool(self.groups or self.order or self.axes)
 
     @property
     def stacked(self) -> str | None:

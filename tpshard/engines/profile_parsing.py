@@ -7,6 +7,7 @@ from typing import cast
 
 from tpshard.document import Node
 from tpshard.engines.names import Template
+from tpshard.engines.orders import AxisOrder, parse_order
 from tpshard.engines.profile import Constant, Engine, Family, Format, Order, Recipe, Tied, Vocabulary
 from tpshard.header import DTYPE_BITS
 from tpshard.patterns import parse_patterns
@@ -18,7 +19,7 @@ ENGINE_KEYS = (
     "families",
 )  # fmt: skip
 FAMILY_KEYS = ("for", "like", "same", "tensors", "constants", "derived", "vocabulary", "tied", "beyond", "policy")
-RECIPE_KEYS = ("rows", "groups", "rotary", "transposed", "widened")
+RECIPE_KEYS = ("rows", "groups", "rotary", "transposed", "widened", "order", "sizes")
 
 
 def parse_engine(document: Node) -> Engine:
@@ -82,6 +83,7 @@ def _recipe(key: str, node: Node) -> Recipe:
     if "rows" not in table:
         node.fail("needs 'rows': the tensors that it is made of")
     orders: list[Order] = [order for order in ("rotary", "transposed", "widened") if order in table]
+    sizes = table["sizes"].mapping() if "sizes" in table else {}
     if len(orders) > 1:
         node.fail(f"is both {orders[0]} and {orders[1]}")
     return _checked(
@@ -92,6 +94,8 @@ def _recipe(key: str, node: Node) -> Recipe:
             groups=_expression(table["groups"]) if "groups" in table else None,
             order=orders[0] if orders else "",
             heads=_expression(table["rotary"]) if "rotary" in table else None,
+            axes=_axes(table["order"]) if "order" in table else None,
+            sizes=tuple((name, _expression(n)) for name, n in sizes.items()),
         ),
     )
 
@@ -105,6 +109,13 @@ def _checked(node: Node, recipe: Recipe) -> Recipe:
         if more != set(recipe.parts[0].places) - set(recipe.name.places):
             node.fail(f"'{part.text}' and '{recipe.parts[0].text}' have other places")
     return recipe
+
+
+def _axes(node: Node) -> AxisOrder:
+    try:
+        return parse_order(node.text())
+    except ValueError as error:
+        node.fail(str(error))
 
 
 def _constant(key: str, node: Node) -> Constant:

@@ -101,7 +101,7 @@ def plan_engine(
         first = len(items)
         items += [Item(kept[logical[i].name], logical[i].layout) for joint in part for i in joint.logical]
         outputs += [Output(named(rank, number), rank, number, first, len(items)) for rank in range(grid.mesh.ranks)]
-    in_order = engine.format == "safetensors" and not any(j.recipe.groups or j.recipe.order for j in joined.joints)
+    in_order = engine.format == "safetensors" and not any(j.recipe.is_reordered for j in joined.joints)
     arrangement = EngineArrangement(joined, tuple(parts), in_order)
     plan = Plan(checkpoint, tuple(items), tuple(outputs), grid.mesh.ranks, arrangement)
     roles = {name: assigned.tensors[name].role for name in kept}
