@@ -29,7 +29,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("outputs", "execute", "carrying", "copies", "conversion"),
     ("engines.__init__", "engines.names", "engines.orders", "engines.profile", "engines.profile_parsing", "engines.shelf"),
     ("engines.joints", "engines.rules", "engines.inference"),
-    ("engines.settings.__init__", "engines.settings.kind", "engines.settings.of"),
+    ("engines.settings.__init__", "engines.settings.kind", "engines.settings.megatron", "engines.settings.of"),
     ("engines.files", "engines.finding", "engines.opening", "engines.writing"),
     ("convert", "summary", "demo"),
     ("verify.report", "verify.slots", *FAMILIES, "verify.families.__init__"),

@@ -34,10 +34,12 @@ class _Found:
 @dataclass(frozen=True, slots=True)
 class Inferred:
     """Dtypes and whole shapes by logical name, in the order of the files; ``layers``: how many each stage has;
-    ``left``: the engine's tensors that are derived from the configuration, and so not kept."""
+    ``rows``: of a padded vocabulary on each rank; ``left``: the engine's tensors that are derived from the
+    configuration, and so not kept."""
 
     tensors: Mapping[str, tuple[str, Shape]]
     layers: tuple[int, ...]
+    rows: Mapping[str, int]
     left: tuple[str, ...]
 
 
@@ -64,7 +66,15 @@ def infer(
                     raise InputError(f"{printable(name)}: is {entry.dtype} on rank {rank}, {own.dtype} on another")
                 own.own[rank] = shape
     tensors = {name: (own.dtype, _whole(name, own, policy, config, mesh)) for name, own in found.items()}
-    return Inferred(tensors, layers if mesh.pp > 1 else (), tuple(left))
+    padded = {name: rule for name in found if (rule := policy.match(name)) is not None and rule.pad is not None}
+    rows = {name: _rows(rule, found[name]) for name, rule in padded.items()}
+    return Inferred(tensors, layers if mesh.pp > 1 else (), rows, tuple(left))
+
+
+def _rows(rule: Rule, found: _Found) -> int:
+    shape = next(iter(found.own.values()))
+    axis = rule.axis(shape)
+    return 0 if axis is None else shape[axis]
 
 
 def _look_up(engine: Engine, family: Family, name: str) -> tuple[Recipe, dict[str, str]] | None:

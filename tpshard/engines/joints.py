@@ -232,7 +232,8 @@ def fitted(
     lengths: tuple[tuple[str, int], ...] = (),
 ) -> Fit:
     """How tensors of these shapes (by stacked entry and part) lie in the engine's one; ``groups`` on this rank (0:
-    each row is one), ``head``: rows of one, ``lengths``: of the axes of the recipe's order. Raises ValueError where they do not fit together.
+    each row is one), ``head``: rows of one, ``lengths``: of the axes of the recipe's order. Raises ValueError where
+    they do not fit together.
 
     >>> from tpshard.engines.names import Template
     >>> qkv = Recipe(Template("qkv"), (Template("q"), Template("k"), Template("v")), groups=2)

@@ -67,10 +67,13 @@ class Dictionary(Generic[Meaning]):
         self._kinds: dict[str, tuple[tuple[Template, Meaning], ...]] = {}
 
     def find(self, name: str) -> tuple[Meaning, dict[str, str]] | None:
-        """What a name means, and what stands in its places. Raises ValueError where two templates read it."""
+        """What a name means, and what stands in its places: by the template with the fewest. Raises ValueError where
+        two have as few."""
         kind = _NUMBER.sub("#", name)
         if kind not in self._kinds:
-            self._kinds[kind] = tuple(entry for entry in self._entries if entry[0].read(name) is not None)
+            reading = [entry for entry in self._entries if entry[0].read(name) is not None]
+            fewest = min((len(template.places) for template, _ in reading), default=0)
+            self._kinds[kind] = tuple(entry for entry in reading if len(entry[0].places) == fewest)
         found = self._kinds[kind]
         if len(found) > 1:
             raise ValueError(f"'{found[0][0].text}' and '{found[1][0].text}' both read it")

@@ -18,7 +18,7 @@ from tpshard.engines.profile import Engine, Family
 from tpshard.engines.rules import engine_policy
 from tpshard.engines.settings.kind import Told
 from tpshard.engines.settings.of import settings_of
-from tpshard.engines.shelf import engine_called, family_for
+from tpshard.engines.shelf import engine_called, families_for
 from tpshard.errors import InputError, UsageError, printable
 from tpshard.folder import CONFIG, KEPT_CONFIG, MANIFEST_NAME, carried_files, read_bytes, read_config, read_json
 from tpshard.frames import Tensor
@@ -98,6 +98,7 @@ class _Opening:
         self.objects: list[Mapping[Any, Any]] = [{} for _ in range(self.mesh.ranks)]
         for index, file in enumerate(self.found):
             self._read(index, file)
+        self.told = Told(folder, self.mesh, self.entries(), self.objects)
         self.beside: dict[str, bytes] = {}
         self.config = self._config(config)
 
@@ -114,7 +115,7 @@ class _Opening:
 
     def _config(self, given: Mapping[str, Any] | None) -> dict[str, Any]:
         """The model's config.json: as given, as it was kept, or made from what the engine says of itself."""
-        told = self.settings.config(Told(self.folder, self.entries(), self.objects))
+        told = self.settings.config(self.told)
         if given is not None:
             config = dict(given)
         elif (self.folder / KEPT_CONFIG).exists():
@@ -132,7 +133,18 @@ class _Opening:
         return [{name: entry for name, (_, entry) in own.items()} for own in self.ranks]
 
     def family(self) -> Family:
-        family = family_for(self.engine, self.config)
+        """Whose names the files have: the first that knows them all, or the first."""
+        version = self.settings.version(self.told)
+        fitting = [f for f in families_for(self.engine, self.config) if not f.versions or version in f.versions]
+        if not fitting:
+            raise InputError(f"{self.folder}: version {version} of {self.engine.title} is not read for this model")
+        family = next((found for found in map(self._as_tied, fitting) if self._knows_all(found)), None)
+        return family or self._as_tied(fitting[0])
+
+    def _knows_all(self, family: Family) -> bool:
+        return all(family.engine_names.find(name) is not None for name in self.ranks[0])
+
+    def _as_tied(self, family: Family) -> Family:
         tied = family.tied
         if tied is None:
             return family
@@ -146,14 +158,11 @@ class _Opening:
     def without_manifest(self, policy: str) -> Checkpoint:
         family, chosen = self.family(), choose_policy(policy, self.config)
         vocabulary = family.vocabulary.tensors if family.vocabulary else ()
-        words = self.config.get("vocab_size", 1)
-        guide = engine_policy(
-            self.engine, family, chosen, self.config, dict.fromkeys(vocabulary, (words, 1)), self.mesh.tp
-        )
+        guide = engine_policy(self.engine, family, chosen, dict.fromkeys(vocabulary, (1, 1)), 1)
         inferred = infer(self.engine, family, guide, self.config, self.mesh, self.entries())
         shapes = {name: shape for name, (_, shape) in inferred.tensors.items()}
         sizes = {name: byte_count(dtype, shape) for name, (dtype, shape) in inferred.tensors.items()}
-        own = engine_policy(self.engine, family, chosen, self.config, shapes, self.mesh.tp)
+        own = engine_policy(self.engine, family, chosen, shapes, self.mesh.tp, inferred.rows)
         grid = Grid(self.mesh, self.engine.whole_experts, inferred.layers)
         assigned = assign_stored(own, self.config, shapes, sizes, grid, read_quantised(self._whole(inferred)))
         records = [
@@ -207,7 +216,7 @@ class _Opening:
             name = min(name for name in {*listed, *there} if listed.get(name) != there.get(name))
             what = f"has {there[name]} bytes" if name in there else "is not there"
             raise InputError(f"{self.folder / name}: {what}, the manifest says {listed.get(name, 'nothing of it')}")
-        return self._checkpoint(family_for(self.engine, self.config), manifest, [])
+        return self._checkpoint(families_for(self.engine, self.config)[0], manifest, [])
 
     def _checkpoint(self, family: Family, manifest: Manifest, left: Sequence[str]) -> Checkpoint:
         logical = [Logical(record.name, record.dtype, record.layout) for record in manifest.tensors]

@@ -87,6 +87,7 @@ class Tied:
 @dataclass(frozen=True, slots=True)
 class Family:
     """The names of one kind of models. ``policy``: rules that come before those of the model's own policy;
+    ``variant``: one of several sets of names that the engine has had; ``versions``: of its files, where they differ;
     ``layers``: names of layers, and how many the engine takes: those beyond (of multi-token prediction) it has not;
     ``aliases``: further names under which the engine keeps what a recipe has; ``derived``: what either side may have,
     and the other makes from the configuration."""
@@ -100,6 +101,8 @@ class Family:
     tied: Tied | None = None
     layers: tuple[Template, Expression] | None = None
     policy: Policy | None = None
+    variant: str = ""
+    versions: tuple[str, ...] = ()
     aliases: tuple[Recipe, ...] = ()
     engine_names: Dictionary[Recipe | Constant | None] = field(init=False, repr=False, compare=False)
     logical_names: Dictionary[tuple[Recipe, int] | None] = field(init=False, repr=False, compare=False)
@@ -136,7 +139,8 @@ class Engine:
     ``local_layers``: layers are counted from 0 in each pipeline stage. ``replicas``: whether ranks may hold copies of
     the same heads. ``inside``: the keys of a PyTorch file under which the tensors are. ``whole_experts``: the ranks
     are dealt whole experts. ``by_name``: a file's tensors are sorted by name, ``metadata``: and it has a format's
-    mark, as the engine's own writer does it. ``source``: the profile's own file.
+    mark, as the engine's own writer does it. ``variants``: sets of names, the first the one that is written unless
+    another is asked for, and whether each can be written. ``source``: the profile's own file.
     """
 
     name: str
@@ -150,6 +154,7 @@ class Engine:
     whole_experts: bool = False
     by_name: bool = False
     metadata: bool = True
+    variants: Mapping[str, bool] = field(default_factory=dict)
     description: str = ""
     source: str = ""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import cast
 
 from tpshard.document import Node
@@ -15,10 +16,13 @@ from tpshard.policy import Expression, Policy
 from tpshard.policy_parsing import parse_policy
 
 ENGINE_KEYS = (
-    "engine", "title", "description", "format", "files", "inside", "layers", "replicas", "experts", "order", "metadata",
-    "families",
+    "engine", "title", "description", "format", "files", "inside", "layers", "replicas", "variants", "experts", "order",
+    "metadata", "families",
 )  # fmt: skip
-FAMILY_KEYS = ("for", "like", "same", "tensors", "constants", "derived", "vocabulary", "tied", "beyond", "policy")
+FAMILY_KEYS = (
+    "for", "like", "rename", "variant", "versions", "same", "tensors", "constants", "derived", "vocabulary", "tied",
+    "beyond", "policy",
+)  # fmt: skip
 RECIPE_KEYS = ("rows", "groups", "rotary", "transposed", "widened", "order", "sizes")
 
 
@@ -43,6 +47,7 @@ def parse_engine(document: Node) -> Engine:
         source=document.mark.file,
         whole_experts="experts" in table and table["experts"].one_of(("whole", "cut")) == "whole",
         by_name="order" in table and table["order"].one_of(("names", "source")) == "names",
+        variants=_variants(table["variants"]) if "variants" in table else {},
         metadata=table["metadata"].flag() if "metadata" in table else True,
         inside=tuple(node.text() for node in _list(table["inside"])) if "inside" in table else (),
     )
@@ -53,6 +58,8 @@ def _family(name: str, node: Node, known: Mapping[str, Family]) -> Family:
     base = None
     if "like" in table:
         base = known.get(table["like"].text()) or table["like"].fail("is not a family that stands before this one")
+    if base is not None and "rename" in table:
+        base = _renamed(base, {old: new.text() for old, new in table["rename"].mapping().items()})
     recipes = {recipe.name.text: recipe for recipe in (base.recipes if base else ())}
     for item in _list(table["same"]) if "same" in table else ():
         for pattern in parse_patterns(item.text()):
@@ -64,15 +71,43 @@ def _family(name: str, node: Node, known: Mapping[str, Family]) -> Family:
     derived = tuple(map(_template, _list(table["derived"]))) if "derived" in table else ()
     return Family(
         name=name,
-        model_types=tuple(item.text() for item in _list(table["for"])),
+        model_types=_texts(table["for"]) if "for" in table else base.model_types if base else (),
         recipes=tuple(recipes.values()),
         constants=tuple(_constant(key, value) for key, value in constants.items()) or (base.constants if base else ()),
         derived=derived or (base.derived if base else ()),
         vocabulary=_vocabulary(table["vocabulary"]) if "vocabulary" in table else base and base.vocabulary,
         tied=_tied(table["tied"]) if "tied" in table else base and base.tied,
         layers=_beyond(table["beyond"]) if "beyond" in table else base and base.layers,
+        variant=table["variant"].text() if "variant" in table else "",
+        versions=_texts(table["versions"]) if "versions" in table else (),
         policy=_policy(name, table["policy"]) if "policy" in table else base and base.policy,
     )
+
+
+def _variants(node: Node) -> dict[str, bool]:
+    return {name: how.one_of(("written", "read")) == "written" for name, how in node.mapping().items()}
+
+
+def _texts(node: Node) -> tuple[str, ...]:
+    return tuple(item.text() for item in _list(node))
+
+
+def _renamed(family: Family, words: Mapping[str, str]) -> Family:
+    """The same recipes with other words in the engine's names."""
+
+    def name(template: Template) -> Template:
+        text = template.text
+        for old, new in words.items():
+            text = text.replace(old, new)
+        return Template(text)
+
+    recipes = tuple(replace(recipe, name=name(recipe.name)) for recipe in family.recipes)
+    tied = family.tied and replace(
+        family.tied,
+        name=family.tied.name and name(family.tied.name),
+        last=family.tied.last and name(family.tied.last),
+    )
+    return replace(family, recipes=recipes, tied=tied)
 
 
 def _recipe(key: str, node: Node) -> Recipe:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from tpshard.assignment import Assigned
 from tpshard.engines.profile import Engine, Family, Vocabulary
@@ -19,16 +18,21 @@ LARGEST_TP_LISTED = 128
 
 
 def engine_policy(
-    engine: Engine, family: Family, policy: Policy, config: Mapping[str, Any], shapes: Mapping[str, Shape], tp: int
+    engine: Engine,
+    family: Family,
+    policy: Policy,
+    shapes: Mapping[str, Shape],
+    tp: int,
+    rows: Mapping[str, int] | None = None,
 ) -> Policy:
-    """The policy by which the engine holds a model. Raises PolicyError where its vocabulary does not go into the
-    ranks."""
+    """The policy by which the engine holds a model; ``rows``: of a vocabulary on each rank, where they are known from
+    files. Raises PolicyError where the vocabulary does not go into the ranks."""
     levels = [family.policy, policy] if family.policy else [policy]
     joint = replace(stack(levels), name=policy.name, applies_to=policy.applies_to)
     if family.vocabulary is None:
         return joint
     padded = [
-        _padded(engine, family.vocabulary, joint, name, shapes[name], tp)
+        _padded(engine, family.vocabulary, joint, name, shapes[name], tp, (rows or {}).get(name))
         for name in family.vocabulary.tensors
         if name in shapes
     ]
@@ -36,13 +40,20 @@ def engine_policy(
     return replace(joint, levels=(own, *joint.levels)) if own else joint
 
 
-def _padded(engine: Engine, vocabulary: Vocabulary, policy: Policy, name: str, shape: Shape, tp: int) -> Rule | None:
+def _padded(
+    engine: Engine, vocabulary: Vocabulary, policy: Policy, name: str, shape: Shape, tp: int, rows: int | None
+) -> Rule | None:
     """The tensor's rule with padding; None where it is not cut."""
     rule = policy.match(name)
     axis = rule.axis(shape) if rule else None
     if rule is None or axis is None:
         return None
-    pad = vocabulary.multiple if vocabulary.each_rank else _share(engine, vocabulary.multiple, name, shape[axis], tp)
+    if rows is not None:
+        pad = max(rows, 1)
+    elif vocabulary.each_rank:
+        pad = vocabulary.multiple
+    else:
+        pad = _share(engine, vocabulary.multiple, name, shape[axis], tp)
     pattern = Pattern(tuple(name.split(".")))
     return replace(rule, patterns=(pattern,), heads=None, unit=None, parts=None, uneven=False, pad=pad, shared=True)
 

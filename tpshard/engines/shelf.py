@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from importlib import resources
 
@@ -32,18 +33,25 @@ def engine_text(engine: Engine) -> str:
 def engine_called(name: str) -> Engine:
     """Raises UsageError where there is none."""
     known = engines()
-    if name not in known:
+    base, _, variant = name.partition(":")
+    if base not in known:
         hint = did_you_mean(name, known) or f"engines: {', '.join(known)}"
         raise UsageError(f"no engine is called '{printable(name, 40)}'", hint=hint)
-    return known[name]
+    engine = known[base]
+    if variant and variant not in engine.variants:
+        hint = f"variants: {', '.join(engine.variants)}" if engine.variants else "it has no variants"
+        raise UsageError(f"{engine.title} has no variant '{printable(variant, 40)}'", hint=hint)
+    families = tuple(family for family in engine.families if not variant or family.variant == variant)
+    return replace(engine, families=families, name=name)
 
 
-def family_for(engine: Engine, config: Mapping[str, object]) -> Family:
-    """The names that an engine has for a model. Raises InputError where it has none."""
+def families_for(engine: Engine, config: Mapping[str, object]) -> list[Family]:
+    """The names that an engine has for a model, the preferred first. Raises InputError where it has none."""
     model_type = config.get("model_type")
-    for family in engine.families:
-        if model_type in family.model_types:
-            return family
+    order = list(engine.variants)
+    found = [family for family in engine.families if model_type in family.model_types]
+    if found:
+        return sorted(found, key=lambda family: order.index(family.variant) if family.variant else 0)
     known = engine.model_types
     what = f"{engine.title}: no names are known for model_type '{printable(str(model_type), 40)}'"
     hint = f"known: {', '.join(known)}" if config else "there is no config.json; give one with --config"

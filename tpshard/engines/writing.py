@@ -18,7 +18,7 @@ from tpshard.engines.names import Template
 from tpshard.engines.profile import Engine, Family
 from tpshard.engines.rules import engine_policy, refuse_replicas
 from tpshard.engines.settings.of import settings_of
-from tpshard.engines.shelf import engine_called, family_for
+from tpshard.engines.shelf import engine_called, families_for
 from tpshard.errors import InputError, PolicyError, printable
 from tpshard.expressions import evaluate
 from tpshard.folder import CONFIG, KEPT_CONFIG, read_bytes
@@ -81,12 +81,12 @@ def plan_engine(
     """Plan to write a checkpoint as an engine has it. Raises PolicyError, InputError with the reason where it cannot
     hold it."""
     engine = engine_called(engine_name)
-    family = family_for(engine, checkpoint.config)
+    family = written_family(engine, checkpoint.config)
     grid = replace(grid, whole_experts=True) if engine.whole_experts else grid
     left = {name: why for name in checkpoint.tensors if (why := reason_to_leave(family, name, checkpoint.config))}
     kept = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in left}
     shapes = {name: tensor.shape for name, tensor in kept.items()}
-    own = engine_policy(engine, family, policy, checkpoint.config, shapes, grid.mesh.tp)
+    own = engine_policy(engine, family, policy, shapes, grid.mesh.tp)
     sizes = {name: byte_count(tensor.dtype, tensor.shape) for name, tensor in kept.items()}
     assigned = assign_stored(own, checkpoint.config, shapes, sizes, grid, read_quantised(checkpoint))
     refuse_replicas(engine, assigned, grid.mesh)
@@ -117,6 +117,16 @@ def plan_engine(
         beside={**checkpoint.beside, **kept_config(checkpoint, beside), **beside},
         engine=engine.name,
     )
+
+
+def written_family(engine: Engine, config: Mapping[str, Any]) -> Family:
+    """The names to write. Raises InputError where they are only read."""
+    family = families_for(engine, config)[0]
+    if (family.variant and not engine.variants[family.variant]) or family.versions:
+        base = engine.name.partition(":")[0]
+        writable = ", ".join(f"{base}:{name}" for name, writes in engine.variants.items() if writes)
+        raise InputError(f"{engine.name}: these names are only read", hint=f"written are {writable}")
+    return family
 
 
 def without(checkpoint: Checkpoint, names: Collection[str]) -> Checkpoint:

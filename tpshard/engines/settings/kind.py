@@ -10,6 +10,7 @@ from typing import Any
 from tpshard.engines.joints import Joined
 from tpshard.frames import Tensor
 from tpshard.header import Entry
+from tpshard.mesh import Mesh
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +18,7 @@ class Told:
     """What an opened folder says: the headers of all ranks, and what the first file of each holds beside tensors."""
 
     folder: Path
+    mesh: Mesh
     ranks: Sequence[Mapping[str, Entry]]
     objects: Sequence[Mapping[Any, Any]]
 
@@ -32,6 +34,10 @@ class Settings:
         """The model's config.json, from the engine's own; empty where it has none. Raises InputError where it
         disagrees with the tensors."""
         return {}
+
+    def version(self, told: Told) -> str:
+        """Of the files, where their layout depends on it."""
+        return ""
 
     def files(self, joined: Joined) -> dict[str, bytes]:
         """Files that the engine wants beside the weights."""
