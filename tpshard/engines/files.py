@@ -27,6 +27,9 @@ def read_engine_file(
     tree = read_torch_tree(path, [Global(module, name) for module, name in inert])
     value, beside = tree.value, tree.value
     for key in engine.inside:
+        if isinstance(value, dict) and f"{key}0" in value:
+            what = f"has '{key}0' and more: several stages on each rank (virtual pipeline) are not read"
+            raise InputError(f"{path}: {what}", hint="save it without virtual stages")
         if not isinstance(value, dict) or key not in value:
             raise InputError(f"{path}: has no '{printable(key)}'", hint=f"is it a file of {engine.title}?")
         value = value[key]

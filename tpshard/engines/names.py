@@ -50,6 +50,11 @@ class Template:
         match = self._pattern.fullmatch(name)
         return match.groupdict() if match else None
 
+    @property
+    def vagueness(self) -> tuple[int, int]:
+        """Less for what says more of a name: fewer places, more text."""
+        return len(self.places), -len(self.text)
+
     def fill(self, values: Values) -> str:
         """The name with these values in its places.
 
@@ -67,13 +72,13 @@ class Dictionary(Generic[Meaning]):
         self._kinds: dict[str, tuple[tuple[Template, Meaning], ...]] = {}
 
     def find(self, name: str) -> tuple[Meaning, dict[str, str]] | None:
-        """What a name means, and what stands in its places: by the template with the fewest. Raises ValueError where
-        two have as few."""
+        """What a name means, and what stands in its places: by the template that says most of it. Raises
+        ValueError where two say as much."""
         kind = _NUMBER.sub("#", name)
         if kind not in self._kinds:
             reading = [entry for entry in self._entries if entry[0].read(name) is not None]
-            fewest = min((len(template.places) for template, _ in reading), default=0)
-            self._kinds[kind] = tuple(entry for entry in reading if len(entry[0].places) == fewest)
+            best = min((template.vagueness for template, _ in reading), default=(0, 0))
+            self._kinds[kind] = tuple(entry for entry in reading if entry[0].vagueness == best)
         found = self._kinds[kind]
         if len(found) > 1:
             raise ValueError(f"'{found[0][0].text}' and '{found[1][0].text}' both read it")

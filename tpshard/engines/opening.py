@@ -135,7 +135,7 @@ class _Opening:
     def family(self) -> Family:
         """Whose names the files have: the first that knows them all, or the first."""
         version = self.settings.version(self.told)
-        fitting = [f for f in families_for(self.engine, self.config) if not f.versions or version in f.versions]
+        fitting = [f for f in families_for(self.engine, self.config) if version in (f.versions or ("",))]
         if not fitting:
             raise InputError(f"{self.folder}: version {version} of {self.engine.title} is not read for this model")
         family = next((found for found in map(self._as_tied, fitting) if self._knows_all(found)), None)

@@ -36,7 +36,7 @@ class Settings:
         return {}
 
     def version(self, told: Told) -> str:
-        """Of the files, where their layout depends on it."""
+        """Of the files, where their layout depends on it; empty for the present one."""
         return ""
 
     def files(self, joined: Joined) -> dict[str, bytes]:

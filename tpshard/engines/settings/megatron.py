@@ -16,7 +16,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 NAMESPACE = Global("argparse", "Namespace")
 VERSION = 3.0  # rows by query group, since Megatron-LM 3.0
 DIVISIBLE_BY = 128  # Megatron-LM's own default: the vocabulary is padded to a multiple of it on each rank
-VERSIONS = {0: "0", 1.0: "1", 2.0: "2", 3.0: "2"}  # from 2.0 on one order
+VERSIONS = {0: "0", 1.0: "1", 2.0: "", 3.0: ""}  # from 2.0 on one order
 
 # HF config.json key: the argument that says it. Those of a model that is made of other parts follow in code.
 _SAID = {
@@ -72,6 +72,10 @@ class Megatron(Settings):
                     raise InputError(f"{told.folder}: {what}", hint="were files of two runs mixed?")
 
     def _check_ranks(self, told: Told, args: Mapping[str, Any]) -> None:
+        experts = args.get("expert_model_parallel_size", 1)
+        if isinstance(experts, int) and experts > 1:
+            what = f"its arguments say expert_model_parallel_size {experts}; groups of experts are not read"
+            raise InputError(f"{told.folder}: {what}", hint="save it with one group")
         for key, count in (
             ("tensor_model_parallel_size", told.mesh.tp),
             ("model_parallel_size", told.mesh.tp),
