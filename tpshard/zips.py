@@ -191,7 +191,7 @@ def _member(read: Read, entry: _Said, limit: int, path: Path, name: str) -> int:
     known = (entry.size, UNKNOWN, 0) if flags & _SIZES_FOLLOW else (entry.size, UNKNOWN)
     if method != entry.method or flags & _HIDDEN or stored not in known or size not in known:
         raise InputError(f"{path}: member '{printable(name)}' is described otherwise where it begins")
-    offset = entry.begin + _LOCAL.size + names + extras
+    offset: int = entry.begin + _LOCAL.size + names + extras
     if offset + entry.size > limit:
         raise InputError(
             f"{path}: member '{printable(name)}' of {entry.size} bytes reaches beyond the members", hint="truncated?"
