@@ -25,7 +25,7 @@ MAX_CARRIED = 64 * 2**20  # tokenizers reach 35 MB; what is larger is weights of
 MAX_JSON = 2**30  # bounds memory on a hostile file; the manifest of 94,000 tensors on 64 ranks has 0.3 GB
 _WEIGHT_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".keras", ".msgpack", ".onnx", ".gguf", ".tflite", ".npz",
-    ".ot", ".pdparams", ".index.json", ".incomplete", ".lock",
+    ".ot", ".pdparams", ".distcp", ".index.json", ".incomplete", ".lock",
 )  # fmt: skip
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _NO_WEIGHTS = (

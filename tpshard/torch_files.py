@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,20 @@ def read_torch_tree(path: Path, inert: Collection[Global] | None = ()) -> TorchT
     raise InputError(f"{path}: is not a PyTorch file")
 
 
+def read_torch_parts(path: Path, parts: Iterable[tuple[int, int]]) -> Iterator[Any]:
+    """What each zip file within a file holds, as a TorchTree's value. ``parts``: first byte and size of each. Raises
+    InputError, StorageError."""
+    with _opened(path) as (fd, size):
+        for first, length in parts:
+            if first + length > size:
+                raise InputError(f"{path}: ends at byte {size}, a part ends at {first + length}", hint="truncated?")
+            try:
+                yield _read_zip(fd, length, path, MEANINGS, False, first)
+            except InputError as error:
+                message = f"{error.message} (in the part of {length} bytes at {first})"
+                raise InputError(message, hint=error.hint) from None
+
+
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tuple[int, int]]:
     """A regular file's descriptor and size."""
@@ -86,8 +100,10 @@ def _opened(path: Path) -> Iterator[tuple[int, int]]:
 # ---------------------------------------------------------------------------------------------- zip
 
 
-def _read_zip(fd: int, size: int, path: Path, meanings: Mapping[Global, Meaning | None], others: bool) -> Any:
-    members = read_members(fd, size, path)
+def _read_zip(
+    fd: int, size: int, path: Path, meanings: Mapping[Global, Meaning | None], others: bool, first: int = 0
+) -> Any:
+    members = read_members(fd, size, path, first)
     pickles = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(pickles) != 1:
         what = f"{len(pickles)} members data.pkl" if pickles else "no data.pkl"

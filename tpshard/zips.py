@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,8 @@ _CENTRAL = struct.Struct("<4sHHHHHHIIIHHHHHII")
 _LOCAL = struct.Struct("<4sHHHHHIIIHH")
 _HIDDEN = 0x0001 | 0x0040 | 0x2000  # encrypted in some way
 _SIZES_FOLLOW = 0x0008
+
+Read = Callable[[int, int], bytes]  # offset, count
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +48,15 @@ class _Said:
     begin: int
 
 
-def read_members(fd: int, size: int, path: Path) -> Mapping[str, Member]:
-    """The members of a zip file of ``size`` bytes, in the order of their bytes. Raises InputError, StorageError."""
-    begin, length, count = _directory(fd, size, path)
-    raw = read_exactly(fd, begin, length, path)
+def read_members(fd: int, size: int, path: Path, first: int = 0) -> Mapping[str, Member]:
+    """The members of a zip file of ``size`` bytes, in the order of their bytes; ``first``: where in ``path`` it begins,
+    if it is part of another file. Raises InputError, StorageError."""
+
+    def read(offset: int, count: int) -> bytes:
+        return read_exactly(fd, first + offset, count, path)
+
+    begin, length, count = _directory(read, size, path)
+    raw = read(begin, length)
     said = sorted(_entries(raw, count, path), key=lambda entry: entry.begin)
     members: dict[str, Member] = {}
     end = 0
@@ -59,8 +66,9 @@ def read_members(fd: int, size: int, path: Path) -> Mapping[str, Member]:
             raise InputError(f"{path}: member '{printable(name)}' is there twice")
         if entry.begin < end:
             raise InputError(f"{path}: member '{printable(name)}' lies in the one before it")
-        members[name] = _member(fd, entry, begin, path, name)
-        end = members[name].offset + entry.size
+        offset = _member(read, entry, begin, path, name)
+        members[name] = Member(first + offset, entry.size)
+        end = offset + entry.size
     return members
 
 
@@ -79,16 +87,16 @@ def read_exactly(fd: int, offset: int, count: int, path: Path) -> bytes:
     return b"".join(parts)
 
 
-def _directory(fd: int, size: int, path: Path) -> tuple[int, int, int]:
+def _directory(read: Read, size: int, path: Path) -> tuple[int, int, int]:
     """Where the directory begins, its bytes and its entries."""
     at = size - _END.size
-    raw = read_exactly(fd, at, _END.size, path) if at >= 0 else b""
+    raw = read(at, _END.size) if at >= 0 else b""
     if not raw.startswith(b"PK\x05\x06"):
         raise InputError(f"{path}: does not end as a zip file does", hint="it is truncated, or has bytes appended")
     _, disk, first, here, count, length, begin, comment = _END.unpack(raw)
     end = at
-    if UNKNOWN in (length, begin) or count == 0xFFFF or _has_locator(fd, at, path):
-        end, here, count, length, begin = _directory_64(fd, at, path)
+    if UNKNOWN in (length, begin) or count == 0xFFFF or _has_locator(read, at):
+        end, here, count, length, begin = _directory_64(read, at, path)
     if disk or first or here != count or comment:
         raise InputError(f"{path}: is a zip file in several parts, or with a comment")
     if count > MOST_MEMBERS or length > LARGEST_DIRECTORY:
@@ -101,18 +109,18 @@ def _directory(fd: int, size: int, path: Path) -> tuple[int, int, int]:
     return begin, length, count
 
 
-def _has_locator(fd: int, at: int, path: Path) -> bool:
+def _has_locator(read: Read, at: int) -> bool:
     begin = at - _LOCATOR_64.size
-    return begin >= 0 and read_exactly(fd, begin, 4, path) == b"PK\x06\x07"
+    return begin >= 0 and read(begin, 4) == b"PK\x06\x07"
 
 
-def _directory_64(fd: int, at: int, path: Path) -> tuple[int, int, int, int, int]:
+def _directory_64(read: Read, at: int, path: Path) -> tuple[int, int, int, int, int]:
     where = at - _LOCATOR_64.size
     end = where - _END_64.size
-    if end < 0 or not _has_locator(fd, at, path):
+    if end < 0 or not _has_locator(read, at):
         raise InputError(f"{path}: has a zip directory of 64 bits that is not there", hint="it is damaged")
-    _, disk, said, disks = _LOCATOR_64.unpack(read_exactly(fd, where, _LOCATOR_64.size, path))
-    mark, _, _, _, own, first, here, count, length, begin = _END_64.unpack(read_exactly(fd, end, _END_64.size, path))
+    _, disk, said, disks = _LOCATOR_64.unpack(read(where, _LOCATOR_64.size))
+    mark, _, _, _, own, first, here, count, length, begin = _END_64.unpack(read(end, _END_64.size))
     if mark != b"PK\x06\x06" or said != end or disk or own or first or disks > 1:
         raise InputError(f"{path}: the two ends of its zip directory differ", hint="it is damaged")
     return end, here, count, length, begin
@@ -170,25 +178,25 @@ def _checked_name(entry: _Said, path: Path) -> str:
     return name
 
 
-def _member(fd: int, entry: _Said, limit: int, path: Path, name: str) -> Member:
-    """By its local header, which must agree with the directory."""
+def _member(read: Read, entry: _Said, limit: int, path: Path, name: str) -> int:
+    """Where its bytes begin, by its local header, which must agree with the directory."""
     if entry.begin + _LOCAL.size + len(entry.name) + entry.size > limit:
         raise InputError(
             f"{path}: member '{printable(name)}' of {entry.size} bytes reaches beyond the members", hint="truncated?"
         )
-    raw = read_exactly(fd, entry.begin, _LOCAL.size + len(entry.name), path)
+    raw = read(entry.begin, _LOCAL.size + len(entry.name))
     mark, _, flags, method, _, _, _, stored, size, names, extras = _LOCAL.unpack_from(raw)
     if mark != b"PK\x03\x04" or names != len(entry.name) or raw[_LOCAL.size :] != entry.name:
         raise InputError(f"{path}: member '{printable(name)}' has another name, or none, where it begins")
     known = (entry.size, UNKNOWN, 0) if flags & _SIZES_FOLLOW else (entry.size, UNKNOWN)
     if method != entry.method or flags & _HIDDEN or stored not in known or size not in known:
         raise InputError(f"{path}: member '{printable(name)}' is described otherwise where it begins")
-    offset = entry.begin + _LOCAL.size + names + extras
+    offset: int = entry.begin + _LOCAL.size + names + extras
     if offset + entry.size > limit:
         raise InputError(
             f"{path}: member '{printable(name)}' of {entry.size} bytes reaches beyond the members", hint="truncated?"
         )
-    return Member(offset, entry.size)
+    return offset
 
 
 def _shown(name: bytes) -> str:
