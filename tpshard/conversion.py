@@ -44,7 +44,7 @@ class Options:
 class Conversion:
     """A planned conversion, ready to be shown or run. ``policy``, ``roles`` and ``mesh`` are set where shards are
     written; ``engine``: whose files they are, empty for tpshard's own; ``beside``: files to be carried that are not in
-    the source's folder; ``manifest``: whether one is written."""
+    the source's folder; ``manifest``: whether one is written; ``copies``: what is written twice, by its second name."""
 
     plan: Plan
     target: Path
@@ -54,6 +54,7 @@ class Conversion:
     mesh: Mesh | None = None
     beside: Mapping[str, bytes] = field(default_factory=dict)
     engine: str = ""
+    copies: Mapping[str, str] = field(default_factory=dict)
     manifest: bool = True
 
     @property
@@ -128,6 +129,7 @@ def _manifest(conversion: Conversion, written: Written, carried: tuple[CarriedRe
             item.stored.source,
             written.digests[index],
             written.shards[index],
+            conversion.copies.get(item.stored.name, ""),
         )
         for index, item in enumerate(plan.items)
     }
@@ -142,7 +144,7 @@ def _manifest(conversion: Conversion, written: Written, carried: tuple[CarriedRe
         policy_documents=policy_as_data(policy),
         sources=origin.sources if origin else sources,
         tensors=tuple(
-            records[name] for name in plan.source.tensors if name in records
+            records[name] for name in (*plan.source.tensors, *conversion.copies) if name in records
         ),  # the source's own order, for merge
         files=tuple(sorted(written.files, key=lambda file: (file.rank, file.part))),
         carried=carried,

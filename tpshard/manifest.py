@@ -70,7 +70,8 @@ class SourceFile:
 class TensorRecord:
     """A tensor: its layout and role, in which part of each rank's files it lies, where it came from, its digests.
 
-    ``digest`` is of the whole tensor's bytes in C order; ``shards`` of each rank's own tensor (None where the rank
+    ``copy_of``: the tensor whose copy it is, for an engine that wants it twice; the model has it once. ``digest`` is of
+    the whole tensor's bytes in C order; ``shards`` of each rank's own tensor (None where the rank
     holds the whole tensor, whose digest is ``digest``, or nothing).
     """
 
@@ -82,6 +83,7 @@ class TensorRecord:
     source: int
     digest: str
     shards: tuple[str | None, ...]
+    copy_of: str = ""
 
     def shard_digest(self, rank: int) -> str | None:
         """The digest of one rank's own tensor; None where it holds nothing."""
@@ -165,6 +167,8 @@ def _tensor_as_data(record: TensorRecord, layouts: dict[Layout, int], roles: dic
     }
     if any(record.shards):
         data["shards"] = list(record.shards)
+    if record.copy_of:
+        data["copy_of"] = record.copy_of
     return data
 
 

@@ -106,6 +106,15 @@ def _check_whole(manifest: Manifest) -> None:
         raise InputError(f"no file is listed for rank {rank}, part {part}")
     if any(rank >= manifest.ranks for rank, _ in places):
         raise InputError(f"a file is listed for a rank that is not among the {manifest.ranks}")
+    by_name = {record.name: record for record in manifest.tensors}
+    for record in manifest.tensors:
+        twin = by_name.get(record.copy_of) if record.copy_of else record
+        if twin is None or (twin.dtype, twin.layout.shape, twin.digest) != (
+            record.dtype,
+            record.layout.shape,
+            record.digest,
+        ):
+            raise InputError(f"{printable(record.name)}: is no copy of '{printable(record.copy_of)}'")
     if manifest.sources and any(record.source >= len(manifest.sources) for record in manifest.tensors):
         raise InputError("a tensor names a source file that is not listed")
 
@@ -139,7 +148,8 @@ def _tensor_from(item: Mapping[str, Any], layouts: Sequence[Layout], roles: Sequ
         raise InputError(f"{printable(name)}: does not list a digest for each of {ranks} ranks")
     layout, role = layouts[_count(item["layout"], "layout")], roles[_count(item["role"], "role")]
     part, source = _count(item["part"], "part"), _count(item["source"], "source")
-    return TensorRecord(name, item["dtype"], layout, role, part, source, str(item["digest"]), tuple(shards))
+    copy_of = str(item.get("copy_of", ""))
+    return TensorRecord(name, item["dtype"], layout, role, part, source, str(item["digest"]), tuple(shards), copy_of)
 
 
 def _file_from(item: Mapping[str, Any], engine: str) -> FileRecord:

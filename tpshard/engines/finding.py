@@ -1,4 +1,4 @@
-"""Whose files a folder has, and of which ranks: by their names alone."""
+"""Whose files a folder has, and of which ranks: by their names, or by what the engine says itself."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from tpshard.mesh import Mesh
 
 @dataclass(frozen=True, slots=True)
 class RankFile:
-    """A weight file found in a folder."""
+    """A weight file found in a folder; ``tp``: its rank in its stage ``pp``, or among all where files are numbered so;
+    ``ranks``: how many its name says there are."""
 
     name: str
     tp: int
     pp: int
     part: int
+    ranks: int | None = None
 
 
 def recognised(folder: Path) -> Engine | None:
@@ -42,26 +44,32 @@ def rank_files(folder: Path, engine: Engine) -> list[RankFile]:
             values = template.read(name)
             if values is not None:
                 numbers = {place: int(value) for place, value in values.items()}
-                tp = numbers.get("tp", numbers.get("rank", 0))
-                found.append(RankFile(name, tp, numbers.get("pp", 0), numbers.get("part", 0)))
+                tp = next((numbers[place] for place in ("tp", "rank", "global") if place in numbers), 0)
+                found.append(RankFile(name, tp, numbers.get("pp", 0), numbers.get("part", 0), numbers.get("ranks")))
     return sorted(found, key=lambda file: (file.pp, file.tp, file.part))
 
 
-def mesh_of(folder: Path, files: Sequence[RankFile]) -> Mesh:
-    """The ranks that the files are of. Raises InputError where one is missing."""
+def mesh_of(folder: Path, files: Sequence[RankFile], told: Mesh | None) -> Mesh:
+    """The ranks that the files are of; ``told``: what the engine's own settings say. Raises InputError where a file is
+    missing, or there is one too many."""
     if not files:
         raise InputError(f"{folder}: holds no weight files of this engine")
-    mesh = Mesh(tp=1 + max(file.tp for file in files), pp=1 + max(file.pp for file in files))
-    have = {(file.pp, file.tp) for file in files}
+    said = sorted({file.ranks for file in files if file.ranks is not None})
+    if len(said) > 1:
+        raise InputError(f"{folder}: has files of {said[0]} ranks and of {said[1]}", hint="keep those of one run")
+    mesh = told or Mesh(tp=said[0] if said else 1 + max(file.tp for file in files), pp=1 + max(f.pp for f in files))
+    parts: dict[int, list[int]] = {}
+    for file in files:
+        parts.setdefault(file.pp * mesh.tp + file.tp, []).append(file.part)
     for rank in range(mesh.ranks):
-        at = mesh.coordinates(rank)
-        if (at.pp, at.tp) not in have:
+        if rank not in parts:
+            at = mesh.coordinates(rank)
             stage = f" of stage {at.pp}" if mesh.pp > 1 else ""
-            raise InputError(
-                f"{folder}: rank {at.tp}{stage} has no file, rank {mesh.tp - 1} has", hint="is the folder complete?"
-            )
-    for pp, tp in sorted(have):
-        parts = [file.part for file in files if (file.pp, file.tp) == (pp, tp)]
-        if parts != list(range(len(parts))):
-            raise InputError(f"{folder}: of rank {tp} there are the parts {parts}, not 0 to {max(parts)}")
+            what = f"rank {at.tp}{stage} has no file, and there are {mesh.tp} ranks"
+            raise InputError(f"{folder}: {what}", hint="is the folder complete?")
+    for rank, own in sorted(parts.items()):
+        if rank >= mesh.ranks:
+            raise InputError(f"{folder}: has a file of rank {rank}, and there are {mesh.ranks} ranks")
+        if own != list(range(len(own))):
+            raise InputError(f"{folder}: of rank {rank} there are the parts {own}, not 0 to {max(own)}")
     return mesh

@@ -7,7 +7,7 @@ out again and compared with every header, so a wrong guess cannot pass.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,9 +44,16 @@ class Inferred:
 
 
 def infer(
-    engine: Engine, family: Family, policy: Policy, config: Mapping[str, Any], mesh: Mesh, ranks: Sequence[Entries]
+    engine: Engine,
+    family: Family,
+    policy: Policy,
+    config: Mapping[str, Any],
+    mesh: Mesh,
+    ranks: Sequence[Entries],
+    was_widened: Callable[[int, str], bool],
 ) -> Inferred:
-    """What is in the files of all ranks. Raises InputError for a tensor that the engine's profile does not know."""
+    """What is in the files of all ranks; ``was_widened``: whether a rank's tensor of F32 was BF16 before. Raises
+    InputError for a tensor that the engine's profile does not know."""
     layers = _layers(engine, family, mesh, ranks)
     found: dict[str, _Found] = {}
     left: dict[str, None] = {}
@@ -60,10 +67,11 @@ def infer(
             recipe, values = match
             if LAYER in values and engine.local_layers:
                 values = {**values, LAYER: str(int(values[LAYER]) + first)}
+            dtype = "BF16" if recipe.order == "widened" and was_widened(rank, name) else entry.dtype
             for logical, shape in _parts(recipe, values, entry.shape, policy, config, mesh.tp, name):
-                own = found.setdefault(logical, _Found(entry.dtype))
-                if own.dtype != entry.dtype:
-                    raise InputError(f"{printable(name)}: is {entry.dtype} on rank {rank}, {own.dtype} on another")
+                own = found.setdefault(logical, _Found(dtype))
+                if own.dtype != dtype:
+                    raise InputError(f"{printable(name)}: is {dtype} on rank {rank}, {own.dtype} on another")
                 own.own[rank] = shape
     tensors = {name: (own.dtype, _whole(name, own, policy, config, mesh)) for name, own in found.items()}
     padded = {name: rule for name in found if (rule := policy.match(name)) is not None and rule.pad is not None}

@@ -112,7 +112,7 @@ class Joined:
             raise InputError(f"{printable(first.name)}: {error}") from None
         name = self.name_of(template, joint.values, rank)
         parts = tuple(Part(index, *place) for index, place in zip(members, fit.places, strict=True))
-        return Tensor(name, "F32" if recipe.order == "widened" else first.dtype, fit.shape), parts
+        return Tensor(name, recipe.dtype(first.dtype), fit.shape), parts
 
     def _is_last_of_several(self, rank: int) -> bool:
         stage, stages = self.mesh.coordinates(rank).pp, self.mesh.pp
@@ -255,7 +255,7 @@ def fitted(
     elif recipe.order == "transposed":
         inner, places, size = _transposed(entry, bits)
     elif recipe.order == "widened":
-        inner, places, size = _widened(entry, bits)
+        inner, places, size = _widened(entry, dtype)
     else:
         inner, places, size = _rows(entry, bits, groups, head)
     if recipe.stacked is None:
@@ -304,10 +304,10 @@ def _transposed(entry: tuple[Shape, ...], bits: int) -> Arranged:
     return (*lead, inner, outer), places, math.prod(lead) * pitch
 
 
-def _widened(entry: tuple[Shape, ...], bits: int) -> Arranged:
+def _widened(entry: tuple[Shape, ...], dtype: str) -> Arranged:
     """BF16 in the upper halves of F32, whose lower halves are zero: the same numbers."""
-    if len(entry) != 1 or bits != 16:
-        raise ValueError("only one BF16 tensor can be widened to F32")
+    if len(entry) != 1 or dtype != "BF16":
+        raise ValueError(f"is {dtype}, and only one BF16 tensor can be widened to F32 without changing its numbers")
     cells = math.prod(entry[0])
     return entry[0], [(2, strided((cells, 2), (4, 1)))], 4 * cells
 

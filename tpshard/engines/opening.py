@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tpshard.checkpoint import Checkpoint, Place, Stored, WeightFile, open_checkpoint, open_shards, weight_file
 from tpshard.companions import assign_stored
+from tpshard.engines.bytewise import are_equal, is_widened
 from tpshard.engines.files import read_engine_file
 from tpshard.engines.finding import RankFile, mesh_of, rank_files, recognised
 from tpshard.engines.inference import Inferred, infer
@@ -32,6 +33,10 @@ from tpshard.policy import Policy
 from tpshard.quantised import read_quantised
 
 NATIVE = "native"  # tpshard's own shards
+SIZES = (  # what config.json and an engine's own settings have to agree on
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
+    "num_local_experts",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +97,7 @@ class _Opening:
         self.folder, self.engine = folder, engine
         self.settings = settings_of(engine)
         self.found = rank_files(folder, engine)
-        self.mesh = mesh_of(folder, self.found)
+        self.mesh = mesh_of(folder, self.found, self.settings.mesh(folder))
         self.files: list[WeightFile] = []
         self.ranks: list[dict[str, tuple[int, Entry]]] = [{} for _ in range(self.mesh.ranks)]
         self.objects: list[Mapping[Any, Any]] = [{} for _ in range(self.mesh.ranks)]
@@ -116,8 +121,16 @@ class _Opening:
     def _config(self, given: Mapping[str, Any] | None) -> dict[str, Any]:
         """The model's config.json: as given, as it was kept, or made from what the engine says of itself."""
         told = self.settings.config(self.told)
+        config = self._chosen_config(given, told)
+        for key in SIZES:
+            if None not in (told.get(key), config.get(key)) and told[key] != config[key]:
+                what = f"{key} is {config[key]} in config.json, {told[key]} by {self.engine.title}'s own settings"
+                raise InputError(f"{self.folder}: {what}", hint="is config.json the model's?")
+        return config
+
+    def _chosen_config(self, given: Mapping[str, Any] | None, told: dict[str, Any]) -> dict[str, Any]:
         if given is not None:
-            config = dict(given)
+            config = self.settings.given(given)
         elif (self.folder / KEPT_CONFIG).exists():
             self.beside[CONFIG] = read_bytes(self.folder / KEPT_CONFIG)
             return read_json(self.folder / KEPT_CONFIG)
@@ -137,7 +150,10 @@ class _Opening:
         version = self.settings.version(self.told)
         fitting = [f for f in families_for(self.engine, self.config) if version in (f.versions or ("",))]
         if not fitting:
-            raise InputError(f"{self.folder}: version {version} of {self.engine.title} is not read for this model")
+            raise InputError(
+                f"{self.folder}: has files of {self.engine.title} {version}, and is read as {self.engine.name}",
+                hint="leave out --from",
+            )
         family = next((found for found in map(self._as_tied, fitting) if self._knows_all(found)), None)
         return family or self._as_tied(fitting[0])
 
@@ -159,7 +175,7 @@ class _Opening:
         family, chosen = self.family(), choose_policy(policy, self.config)
         vocabulary = family.vocabulary.tensors if family.vocabulary else ()
         guide = engine_policy(self.engine, family, chosen, dict.fromkeys(vocabulary, (1, 1)), 1)
-        inferred = infer(self.engine, family, guide, self.config, self.mesh, self.entries())
+        inferred = infer(self.engine, family, guide, self.config, self.mesh, self.entries(), self._was_widened)
         shapes = {name: shape for name, (_, shape) in inferred.tensors.items()}
         sizes = {name: byte_count(dtype, shape) for name, (dtype, shape) in inferred.tensors.items()}
         own = engine_policy(self.engine, family, chosen, shapes, self.mesh.tp, inferred.rows)
@@ -178,7 +194,28 @@ class _Opening:
             )
             for name, (dtype, _) in inferred.tensors.items()
         ]
-        return self._checkpoint(family, self._unrecorded(chosen, records), list(inferred.left))
+        checkpoint = self._checkpoint(family, self._unrecorded(chosen, records), list(inferred.left))
+        return self._without_copy(checkpoint, family)
+
+    def _was_widened(self, rank: int, name: str) -> bool:
+        """Whether a tensor of F32 has BF16's numbers, in a model of BF16."""
+        index, entry = self.ranks[rank][name]
+        own = Stored(name, entry.dtype, Layout.replicated(entry.shape, 1), (Place(index, entry.offset, entry.view),), 0)
+        told = self.config.get("dtype") or self.config.get("torch_dtype")
+        return told == "bfloat16" and is_widened(Checkpoint(self.folder, 1, tuple(self.files), {}, {}, ()), own)
+
+    def _without_copy(self, checkpoint: Checkpoint, family: Family) -> Checkpoint:
+        """Without the head that the engine has and the model, whose words are predicted by its embedding, has not."""
+        tied = family.tied
+        if tied is None or not tied.copied or not self.config.get("tie_word_embeddings"):
+            return checkpoint
+        head, embedding = checkpoint.tensors.get(tied.head), checkpoint.tensors.get(tied.embedding)
+        if head is None or embedding is None:
+            return checkpoint
+        if not are_equal(checkpoint, embedding, head):
+            what = f"{tied.head} and {tied.embedding} differ, and config.json ties them"
+            raise InputError(f"{self.folder}: {what}", hint="if both are wanted, set tie_word_embeddings to false")
+        return replace(checkpoint, tensors={n: t for n, t in checkpoint.tensors.items() if n != tied.head})
 
     def _whole(self, inferred: Inferred) -> Checkpoint:
         """The checkpoint that the folder was cut from, as far as names, dtypes and shapes go."""
@@ -233,6 +270,7 @@ class _Opening:
                     record.name, record.dtype, record.layout, tuple(places[index]), record.source, record
                 )
                 for index, record in enumerate(manifest.tensors)
+                if not record.copy_of
             },
             config=self.config,
             carried=tuple(name for name in carried if name not in apart),

@@ -53,6 +53,10 @@ class Recipe:
         """The place that is stacked."""
         return next((place for place in self.parts[0].places if place not in self.name.places), None)
 
+    def dtype(self, own: str) -> str:
+        """The engine's, of a logical tensor's."""
+        return "F32" if self.order == "widened" else own
+
 
 @dataclass(frozen=True, slots=True)
 class Constant:
@@ -76,12 +80,13 @@ class Vocabulary:
 @dataclass(frozen=True, slots=True)
 class Tied:
     """What the engine calls the embedding where the model has no head of its own: in its own place, and (``last``) on
-    the last of several stages."""
+    the last of several stages. ``copied``: it knows no ties, and has a copy of the embedding as head."""
 
     embedding: str
     head: str
     name: Template | None = None
     last: Template | None = None
+    copied: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +128,7 @@ class Family:
 
     def when_tied(self) -> Family:
         """The names where the model has no head of its own."""
-        if self.tied is None:
+        if self.tied is None or self.tied.copied:
             return self
         embedding = next(recipe for recipe in self.recipes if recipe.parts[0].text == self.tied.embedding)
         kept = [recipe for recipe in self.recipes if recipe.parts[0].text not in (self.tied.embedding, self.tied.head)]
@@ -134,13 +139,16 @@ class Family:
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """``file``: the template of a weight file's path: places ``rank``, ``tp``, ``pp``, ``part``.
+    """``files``: templates of a weight file's path: places ``rank`` (of a stage), ``global`` (of all), ``tp``, ``pp``,
+    ``part``, ``ranks`` (how many).
 
-    ``local_layers``: layers are counted from 0 in each pipeline stage. ``replicas``: whether ranks may hold copies of
+    ``local_layers``: layers are counted from 0 in each pipeline stage; ``even_stages``: which have equally many, the
+    first ones one more where that does not go. ``replicas``: whether ranks may hold copies of
     the same heads. ``inside``: the keys of a PyTorch file under which the tensors are. ``whole_experts``: the ranks
     are dealt whole experts. ``by_name``: a file's tensors are sorted by name, ``metadata``: and it has a format's
     mark, as the engine's own writer does it. ``variants``: sets of names, the first the one that is written unless
-    another is asked for, and whether each can be written. ``source``: the profile's own file.
+    another is asked for, and whether each can be written. ``source``: the profile's own file;
+    ``proof``: what it was held against.
     """
 
     name: str
@@ -149,6 +157,7 @@ class Engine:
     files: tuple[Template, ...]
     families: tuple[Family, ...]
     local_layers: bool = False
+    even_stages: bool = False
     replicas: bool = True
     inside: tuple[str, ...] = ()
     whole_experts: bool = False
@@ -157,6 +166,7 @@ class Engine:
     variants: Mapping[str, bool] = field(default_factory=dict)
     description: str = ""
     source: str = ""
+    proof: str = ""
 
     @property
     def model_types(self) -> tuple[str, ...]:

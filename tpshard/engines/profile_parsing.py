@@ -16,13 +16,14 @@ from tpshard.policy import Expression, Policy
 from tpshard.policy_parsing import parse_policy
 
 ENGINE_KEYS = (
-    "engine", "title", "description", "format", "files", "inside", "layers", "replicas", "variants", "experts", "order",
-    "metadata", "families",
+    "engine", "title", "description", "format", "files", "inside", "layers", "stages", "replicas", "variants",
+    "experts", "order", "metadata", "families", "proof",
 )  # fmt: skip
 FAMILY_KEYS = (
-    "for", "like", "rename", "variant", "versions", "same", "tensors", "constants", "derived", "vocabulary", "tied",
-    "beyond", "policy",
+    "for", "like", "rename", "variant", "versions", "same", "tensors", "leaves", "constants", "derived", "vocabulary",
+    "tied", "beyond", "policy",
 )  # fmt: skip
+LEAF = "<leaf>"
 RECIPE_KEYS = ("rows", "groups", "rotary", "transposed", "widened", "order", "sizes")
 
 
@@ -43,8 +44,10 @@ def parse_engine(document: Node) -> Engine:
         files=tuple(map(_template, _list(table["files"]))),
         families=tuple(families.values()),
         local_layers="layers" in table and table["layers"].one_of(("local", "global")) == "local",
+        even_stages="stages" in table and table["stages"].one_of(("even", "any")) == "even",
         replicas=table["replicas"].flag() if "replicas" in table else True,
         source=document.mark.file,
+        proof=table["proof"].text() if "proof" in table else "",
         whole_experts="experts" in table and table["experts"].one_of(("whole", "cut")) == "whole",
         by_name="order" in table and table["order"].one_of(("names", "source")) == "names",
         variants=_variants(table["variants"]) if "variants" in table else {},
@@ -65,8 +68,10 @@ def _family(name: str, node: Node, known: Mapping[str, Family]) -> Family:
         for pattern in parse_patterns(item.text()):
             template = _made(item, ".".join(pattern.segments))
             recipes[template.text] = Recipe(template, (template,))
+    leaves = {key: leaf.text() for key, leaf in table["leaves"].mapping().items()} if "leaves" in table else {}
     for key, value in (table["tensors"].mapping() if "tensors" in table else {}).items():
-        recipes[key] = _recipe(key, value)
+        recipe = _recipe(key, value)
+        recipes.update((own.name.text, own) for own in _with_leaves(recipe, leaves))
     constants = table["constants"].mapping() if "constants" in table else {}
     derived = tuple(map(_template, _list(table["derived"]))) if "derived" in table else ()
     return Family(
@@ -135,6 +140,21 @@ def _recipe(key: str, node: Node) -> Recipe:
     )
 
 
+def _with_leaves(recipe: Recipe, leaves: Mapping[str, str]) -> tuple[Recipe, ...]:
+    """One recipe for each kind of a layer's tensor, where the engine calls them otherwise: ``scale`` what is
+    ``weight_scale_inv``."""
+    if not leaves or LEAF not in recipe.name.text:
+        return (recipe,)
+    return tuple(
+        replace(
+            recipe,
+            name=Template(recipe.name.text.replace(LEAF, theirs)),
+            parts=tuple(Template(part.text.replace(LEAF, ours)) for part in recipe.parts),
+        )
+        for theirs, ours in leaves.items()
+    )
+
+
 def _checked(node: Node, recipe: Recipe) -> Recipe:
     """All parts have the places of the name, and at most one more."""
     for part in recipe.parts:
@@ -168,12 +188,13 @@ def _vocabulary(node: Node) -> Vocabulary:
 
 
 def _tied(node: Node) -> Tied:
-    table = node.known_keys(("embedding", "head", "name", "last"))
+    table = node.known_keys(("embedding", "head", "name", "last", "copied"))
     return Tied(
         table["embedding"].text(),
         table["head"].text(),
         _template(table["name"]) if "name" in table else None,
         _template(table["last"]) if "last" in table else None,
+        table["copied"].flag() if "copied" in table else False,
     )
 
 

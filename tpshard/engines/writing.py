@@ -83,8 +83,11 @@ def plan_engine(
     engine = engine_called(engine_name)
     family = written_family(engine, checkpoint.config)
     grid = replace(grid, whole_experts=True) if engine.whole_experts else grid
+    grid = _with_even_stages(engine, policy, checkpoint, grid) if engine.even_stages else grid
     left = {name: why for name in checkpoint.tensors if (why := reason_to_leave(family, name, checkpoint.config))}
     kept = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in left}
+    copies = _copies(family, kept)
+    kept |= {name: replace(kept[of], name=name) for name, of in copies.items()}
     shapes = {name: tensor.shape for name, tensor in kept.items()}
     own = engine_policy(engine, family, policy, shapes, grid.mesh.tp)
     sizes = {name: byte_count(tensor.dtype, tensor.shape) for name, tensor in kept.items()}
@@ -116,17 +119,38 @@ def plan_engine(
         mesh=grid.mesh,
         beside={**checkpoint.beside, **kept_config(checkpoint, beside), **beside},
         engine=engine.name,
+        copies=copies,
     )
 
 
 def written_family(engine: Engine, config: Mapping[str, Any]) -> Family:
     """The names to write. Raises InputError where they are only read."""
     family = families_for(engine, config)[0]
-    if (family.variant and not engine.variants[family.variant]) or family.versions:
+    if family.variant and not engine.variants[family.variant]:
         base = engine.name.partition(":")[0]
         writable = ", ".join(f"{base}:{name}" for name, writes in engine.variants.items() if writes)
         raise InputError(f"{engine.name}: these names are only read", hint=f"written are {writable}")
     return family
+
+
+def _copies(family: Family, names: Collection[str]) -> dict[str, str]:
+    """What the engine wants twice, by its second name: the embedding as head, where the model has no other."""
+    tied = family.tied
+    wanted = tied is not None and tied.copied and tied.head not in names and tied.embedding in names
+    return {tied.head: tied.embedding} if tied is not None and wanted else {}
+
+
+def _with_even_stages(engine: Engine, policy: Policy, checkpoint: Checkpoint, grid: Grid) -> Grid:
+    """Raises PolicyError where other stages are asked for than the engine's loader takes."""
+    if policy.stages is None or grid.mesh.pp == 1:
+        return grid
+    found = {policy.stages.layer(name) for name in checkpoint.tensors} - {None}
+    each, more = divmod(len(found), grid.mesh.pp)
+    even = tuple(each + (stage < more) for stage in range(grid.mesh.pp))
+    if grid.layers not in ((), even):
+        shown = ["+".join(map(str, layers)) for layers in (grid.layers, even)]
+        raise PolicyError(f"{engine.title} deals layers as {shown[1]}, not {shown[0]}", hint="leave out --stages")
+    return replace(grid, layers=even)
 
 
 def without(checkpoint: Checkpoint, names: Collection[str]) -> Checkpoint:
@@ -177,7 +201,7 @@ def arrange_joints(joined: Joined, limit: int | None) -> list[tuple[Joint, ...]]
 
     def order(joint: Joint) -> tuple[int, str]:
         name = joint.recipe.name.fill(joint.values) if joined.engine.by_name else ""
-        return DTYPE_ORDER[joined.logical[joint.members[0][0]].dtype], name
+        return DTYPE_ORDER[joint.recipe.dtype(joined.logical[joint.members[0][0]].dtype)], name
 
     return [tuple(sorted(part, key=order)) for part in parts]
 
@@ -186,15 +210,23 @@ def output_names(engine: Engine, mesh: Mesh) -> Callable[[int, int], str]:
     """A function that names the file of a rank and part. Raises PolicyError where the engine has no such grid."""
     if mesh.ep > 1:
         raise PolicyError(f"{engine.title}: groups of experts are not written", hint="leave out --ep")
-    wanted = {"pp"} if mesh.pp > 1 else set()
-    template = next((t for t in engine.files if {"pp"} & set(t.places) == wanted), None)
+    by_stage = [t for t in engine.files if ("pp" in t.places) == (mesh.pp > 1)]
+    template = next((t for t in engine.files if "global" in t.places), by_stage[0] if by_stage else None)
     if template is None:
         raise PolicyError(f"{engine.title} has no pipeline stages", hint="leave out --pp")
     chosen: Template = template
 
     def name(rank: int, part: int) -> str:
         at = mesh.coordinates(rank)
-        values = {"rank": rank, "tp": at.tp, "pp": at.pp, "part": part, "ranks": mesh.ranks, "iteration": 0}
+        values = {
+            "rank": at.tp,
+            "global": rank,
+            "tp": at.tp,
+            "pp": at.pp,
+            "part": part,
+            "ranks": mesh.ranks,
+            "iteration": 0,
+        }
         return chosen.fill({place: str(values[place]) for place in chosen.places})
 
     return name

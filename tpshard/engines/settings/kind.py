@@ -30,6 +30,14 @@ class Settings:
     own_files: Collection[str] = ()
     inert: Collection[tuple[str, str]] = ()
 
+    def mesh(self, folder: Path) -> Mesh | None:
+        """The ranks that a folder is of, where that is told by more than the names of its files."""
+        return None
+
+    def given(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The model's config.json, from what a user gave as such: it may be the engine's own."""
+        return dict(config)
+
     def config(self, told: Told) -> dict[str, Any]:
         """The model's config.json, from the engine's own; empty where it has none. Raises InputError where it
         disagrees with the tensors."""
