@@ -27,7 +27,10 @@ FLOORS: list[tuple[str, ...]] = [
     ("policy_names", "policy_heads", "policy_layers", "policy_ways", "policy_draft"),
     ("policy_text", "policy_search", "policy_init"),
     ("staging", "sources", "quantised_layer", "quantised_packed", "quantised_formats", "quantised"),
-    ("dcp", "dcp_writing",),
+    (
+        "dcp",
+        "dcp_writing",
+    ),
     ("outputs", "execute", "carrying", "copies", "conversion"),
     (
         "engines.__init__",
