@@ -33,14 +33,12 @@ _OF_THE_RUN = ("global_steps", "global_samples", "skipped_steps", "dp_world_size
 
 
 def recognises(folder: Path) -> bool:
-    return any(_files(folder, step) for step in _steps(folder))
-
-
-def _steps(folder: Path) -> list[str]:
+    """A universal checkpoint has copies of these files, too, beside its folder ``zero``."""
     try:
-        return [step_of(folder, "latest")]
+        step = step_of(folder, "latest")
     except InputError:
-        return []
+        return (folder / "zero_to_fp32.py").is_file()  # opening it says what is wrong
+    return not (folder / step / "zero").is_dir() and bool(_files(folder, step))
 
 
 def _files(folder: Path, step: str) -> list[str]:

@@ -126,4 +126,5 @@ READER = Reader(
     "axis is cut follows from the policy, and from samples of the numbers where ranks may hold copies.",
     recognises=recognises,
     open=open_inference,
+    own_cuts=True,
 )

@@ -22,8 +22,9 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """``files``: what the weight files are called; ``whole``: whether the folder is a full checkpoint, which can be
-    split. ``open`` raises InputError, or PolicyError where the policy does not fit."""
+    """``files``: what the weight files are called; ``open`` raises InputError, or PolicyError where the policy does
+    not fit. ``whole``: whether the folder is a full checkpoint, which can be split; ``own_cuts``: whether ranks' parts
+    are of sizes that only the engine's own code tells."""
 
     name: str
     title: str
@@ -32,3 +33,4 @@ class Reader:
     recognises: Callable[[Path], bool]
     open: Callable[[Asked], Checkpoint]
     whole: bool = False
+    own_cuts: bool = False

@@ -55,10 +55,7 @@ def hf_config(folder: Path) -> Theirs:
 def rows_of(theirs: Theirs, parts: Sequence[str], joined: Shape) -> list[tuple[int, int, int]]:
     """First and last row of each part in the joined tensor, and the rows of a head whose halves are in turn (0: rows
     are in order). Raises InputError where the parts do not fill it."""
-    if len(parts) == 3:
-        units = [theirs.heads, theirs.kv_heads, theirs.kv_heads]
-    else:
-        units = [1] * len(parts)
+    units = [theirs.heads, theirs.kv_heads, theirs.kv_heads] if len(parts) == 3 else [1] * len(parts)
     rows = joined[0] if joined else 0
     if rows % sum(units):
         what = f"{printable(parts[0])}: {rows} joined rows are not {'+'.join(map(str, units))} equal shares"

@@ -36,5 +36,7 @@ def cut_in_order(sizes: Sequence[int], shape: Shape, axis: int) -> Layout:
     [(Span(start=0, stop=3),), (Span(start=3, stop=5),)]
     """
     ends = [sum(sizes[: rank + 1]) for rank in range(len(sizes))]
-    runs = [(Span(end - size, end),) if size else () for size, end in zip(sizes, ends, strict=True)]
+    runs: list[tuple[Span, ...]] = [
+        (Span(end - size, end),) if size else () for size, end in zip(sizes, ends, strict=True)
+    ]
     return Layout.along((*shape[:axis], ends[-1], *shape[axis + 1 :]), axis, runs, list(sizes))

@@ -121,9 +121,7 @@ class Reading:
             beside=beside,
         )
 
-    def _unrecorded(
-        self, engine: str, mesh: Mesh, records: Sequence[TensorRecord], policy: Policy | None
-    ) -> Manifest:
+    def _unrecorded(self, engine: str, mesh: Mesh, records: Sequence[TensorRecord], policy: Policy | None) -> Manifest:
         """What a manifest would say, were there one; no digests."""
         files = tuple(
             FileRecord(file.name, rank, 0, file.size, "") for file, rank in zip(self.files, self.ranks, strict=True)
@@ -143,15 +141,16 @@ class Reading:
 
 
 def _role(name: str, layout: Layout, policy: Policy | None) -> Role:
-    """The policy's own role where the cut is the policy's; else what the cut comes to."""
+    """The policy's own role where the cut is the policy's (a row layer's bias is whole by it); else what the cut comes
+    to."""
     rule = policy.match(name) if policy else None
     axes = layout.cut_axes
     if not axes:
-        return Role("replicate")
+        return rule.role if rule is not None and rule.axis(layout.shape) is None else Role("replicate")
     if rule is not None and (rule.axis(layout.shape),) == axes:
         return rule.role
     is_row = axes == ((rule.axis_of("i", layout.shape) if rule else 1),)
-    return Role("row", "input", _key(rule)) if is_row else Role("column", "output", _key(rule))
+    return Role("row", "", _key(rule)) if is_row else Role("column", "output", _key(rule))
 
 
 def _key(rule: Rule | None) -> str:
