@@ -90,7 +90,8 @@ def run(conversion: Conversion, options: Options = Options()) -> Done:
     begin = time.monotonic()
     if plan.source.manifest is not None and not plan.source.manifest.recorded:
         require_equal_copies(plan.source)
-    algorithm = plan.source.manifest.algorithm if plan.source.manifest else options.digest
+    origin = plan.source.manifest
+    algorithm = origin.algorithm if origin and origin.recorded else options.digest
     with Staging(target) as staging:
         written = execute(plan, staging, algorithm, options.threads, options.progress)
         carried = tuple(carry(plan.source, name, staging, algorithm) for name in plan.source.carried)

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from tpshard.adapter_folder import OF_THE_BASE, AskNames, Base, assign_by_base, open_with_base, recorded_base
 from tpshard.assignment import Assigned
-from tpshard.checkpoint import Checkpoint, open_full
+from tpshard.checkpoint import Checkpoint
 from tpshard.companions import assign_stored
 from tpshard.conversion import DEFAULT_MAX_SHARD_SIZE, Conversion, Options
 from tpshard.engines.opening import NATIVE, Source
+from tpshard.engines.whole import open_whole
 from tpshard.engines.writing import plan_engine
 from tpshard.errors import UsageError
 from tpshard.folder import MANIFEST_NAME
@@ -29,7 +30,7 @@ from tpshard.staging import check_target
 
 
 def plan_split(
-    source: Path,
+    source: Path | Source,
     target: Path,
     ranks: int | Grid,
     policy: str = "auto",
@@ -38,10 +39,11 @@ def plan_split(
 ) -> Conversion:
     """Plan to cut a full checkpoint for tensor-parallel ranks, or a grid, in an engine's files; reads headers only.
     Raises any TpshardError."""
-    if (source / MANIFEST_NAME).exists():
-        raise UsageError(f"{source}: is a shard folder already", hint="tpshard reshard cuts it for other ranks")
-    check_target(target, source)
-    checkpoint = open_full(source)
+    given = source if isinstance(source, Source) else Source(source)
+    if (given.folder / MANIFEST_NAME).exists():
+        raise UsageError(f"{given.folder}: is a shard folder already", hint="tpshard reshard cuts it for other ranks")
+    check_target(target, given.folder)
+    checkpoint = open_whole(given, policy)
     return _to_ranks(checkpoint, target, Grid.of(ranks), choose_policy(policy, checkpoint.config), options, engine)
 
 

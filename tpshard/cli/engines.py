@@ -7,8 +7,11 @@ from typing import Any
 import click
 
 from tpshard.cli import options, render
+from tpshard.engines.finding import source_called
 from tpshard.engines.profile import Engine
-from tpshard.engines.shelf import engine_called, engine_text
+from tpshard.engines.readers.kind import Reader
+from tpshard.engines.readers.of import READERS
+from tpshard.engines.shelf import engine_text
 from tpshard.engines.shelf import engines as all_engines
 
 
@@ -25,22 +28,38 @@ def engines(name: str | None, as_json: bool) -> None:
     tpshard engines vllm
     """
     if name is not None:
-        engine = engine_called(name)
+        engine = source_called(name)
         if as_json:
             render.emit({"command": "engines", "engines": [_as_json(engine)]})
+        elif isinstance(engine, Reader):
+            render.say(f"{engine.name}: {engine.title} (read only)\n{engine.files}\n{engine.description}")
         else:
             render.say(engine_text(engine).rstrip("\n"))
         return
-    found = list(all_engines().values())
+    found: list[Engine | Reader] = [*all_engines().values(), *READERS.values()]
     if as_json:
         render.emit({"command": "engines", "engines": [_as_json(engine) for engine in found]})
         return
     head = ["engine", "", "files", "model types"]
-    rows = [[e.name, e.title, e.files[0].text, str(len(e.model_types))] for e in found]
+    rows = [_row(engine) for engine in found]
     render.say(render.table([head, *rows], right=frozenset({3})))
 
 
-def _as_json(engine: Engine) -> dict[str, Any]:
+def _row(engine: Engine | Reader) -> list[str]:
+    if isinstance(engine, Reader):
+        return [engine.name, f"{engine.title} (read only)", engine.files, ""]
+    return [engine.name, engine.title, engine.files[0].text, str(len(engine.model_types))]
+
+
+def _as_json(engine: Engine | Reader) -> dict[str, Any]:
+    if isinstance(engine, Reader):
+        return {
+            "name": engine.name,
+            "title": engine.title,
+            "format": "read only",
+            "files": [engine.files],
+            "model_types": [],
+        }
     return {
         "name": engine.name,
         "title": engine.title,

@@ -10,8 +10,9 @@ from tpshard.cli import options
 from tpshard.cli.carry_out import Manner, carry_out
 from tpshard.conversion import Options, without_manifest
 from tpshard.convert import plan_adapter_split, plan_split
-from tpshard.engines.opening import NATIVE
+from tpshard.engines.opening import NATIVE, Source
 from tpshard.errors import UsageError
+from tpshard.folder import config_of
 from tpshard.mesh import Grid
 from tpshard.verify.run import names_on_disk
 
@@ -22,7 +23,7 @@ from tpshard.verify.run import names_on_disk
 @options.grid
 @click.option("--policy", default="auto", show_default=True, metavar="P", help="auto, a built-in name, or a YAML file.")
 @options.base
-@options.apply(options.engine, options.no_manifest)
+@options.apply(options.source_engine, options.config, options.engine, options.no_manifest)
 @options.apply(options.max_shard_size, options.digest, options.workers, options.strict, options.dry_run)
 @options.apply(options.as_json, options.quiet)
 def split(
@@ -31,6 +32,8 @@ def split(
     grid: Grid,
     policy: str,
     base: Path | None,
+    source_engine: str | None,
+    config: Path | None,
     engine: str,
     no_manifest: bool,
     max_shard_size: int | None,
@@ -50,11 +53,13 @@ def split(
     tpshard split llama-8b llama-8b-tp4 --tp 4 --dry-run
     tpshard split my-model shards --tp 2 --policy my-policy.yaml --max-shard-size 2GB
     tpshard split llama-8b llama-8b-vllm --tp 4 --engine vllm
+    tpshard split step-100-universal shards --tp 4 --config llama-8b    # FP32, of DeepSpeed
     tpshard split my-lora my-lora-tp4 --tp 4 --base llama-8b    # a LoRA adapter, cut as its base
     """
     chosen = Options(max_shard_size=max_shard_size, digest=digest, workers=workers or 0)
     if base is None:
-        conversion = plan_split(source, target, grid, policy, chosen, engine)
+        given = Source(source, source_engine, config_of(config) if config else None)
+        conversion = plan_split(given, target, grid, policy, chosen, engine)
     elif engine != NATIVE:
         raise UsageError("an adapter is cut for tpshard's own shards only", hint="leave out --engine or --base")
     else:

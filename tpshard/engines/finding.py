@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tpshard.document import did_you_mean
 from tpshard.engines.profile import Engine
+from tpshard.engines.readers.kind import Reader
+from tpshard.engines.readers.of import READERS, readers_for
 from tpshard.engines.shelf import engines
-from tpshard.errors import InputError, UsageError
+from tpshard.errors import InputError, UsageError, printable
 from tpshard.mesh import Mesh
 
 
@@ -24,11 +27,23 @@ class RankFile:
     ranks: int | None = None
 
 
-def recognised(folder: Path) -> Engine | None:
-    """The engine whose files a folder has; None where there is none. Raises UsageError where it is not clear."""
+def source_called(name: str) -> Engine | Reader:
+    """Whose folders can be read under a name. Raises UsageError where there is none."""
+    known: dict[str, Engine | Reader] = {**engines(), **READERS}
+    if name not in known:
+        hint = did_you_mean(name, known) or f"engines: {', '.join(known)}"
+        raise UsageError(f"no engine is called '{printable(name, 40)}'", hint=hint)
+    return known[name]
+
+
+def recognised(folder: Path) -> Engine | Reader | None:
+    """Whose files a folder has; None where there are none. A folder that has Hugging Face's weights, too, is taken for
+    theirs rather than a reader's: trainers write both. Raises UsageError where it is not clear."""
     if not folder.is_dir():
         return None
-    fitting = [engine for engine in engines().values() if rank_files(folder, engine)]
+    fitting: list[Engine | Reader] = [engine for engine in engines().values() if rank_files(folder, engine)]
+    if not any(folder.glob("*.safetensors")):
+        fitting += readers_for(folder)
     if len(fitting) > 1:
         names = ", ".join(engine.name for engine in fitting)
         raise UsageError(f"{folder}: could be of several engines: {names}", hint="say which with --from")

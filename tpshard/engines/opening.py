@@ -12,10 +12,11 @@ from tpshard.checkpoint import Checkpoint, Place, Stored, WeightFile, open_check
 from tpshard.companions import assign_stored
 from tpshard.engines.bytewise import are_equal, is_widened
 from tpshard.engines.files import read_engine_file
-from tpshard.engines.finding import RankFile, mesh_of, rank_files, recognised
+from tpshard.engines.finding import RankFile, mesh_of, rank_files, recognised, source_called
 from tpshard.engines.inference import Inferred, infer
 from tpshard.engines.joints import Joined, Logical, join
 from tpshard.engines.profile import Engine, Family
+from tpshard.engines.readers.kind import Asked, Reader
 from tpshard.engines.rules import engine_policy
 from tpshard.engines.settings.kind import Told
 from tpshard.engines.settings.of import settings_of
@@ -78,9 +79,11 @@ def open_ranks(
         if not manifest.engine:
             return open_shards(folder)
         return _Opening(folder, engine_called(manifest.engine), config).with_manifest(manifest)
-    found = engine_called(engine) if engine else recognised(folder)
+    found = source_called(engine) if engine else recognised(folder)
     if found is None:
         return open_shards(folder)  # says what is missing
+    if isinstance(found, Reader):
+        return found.open(Asked(folder, config, policy))
     return _Opening(folder, found, config).without_manifest(policy)
 
 

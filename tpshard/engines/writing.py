@@ -16,10 +16,11 @@ from tpshard.engines.files import frame_of
 from tpshard.engines.joints import LAYER, Joined, Joint, Logical, Part, join
 from tpshard.engines.names import Template
 from tpshard.engines.profile import Engine, Family
+from tpshard.engines.readers.of import READERS
 from tpshard.engines.rules import engine_policy, refuse_replicas
 from tpshard.engines.settings.of import settings_of
 from tpshard.engines.shelf import engine_called, families_for
-from tpshard.errors import InputError, PolicyError, printable
+from tpshard.errors import InputError, PolicyError, UsageError, printable
 from tpshard.expressions import evaluate
 from tpshard.folder import CONFIG, KEPT_CONFIG, read_bytes
 from tpshard.frames import Frame, Tensor
@@ -80,6 +81,8 @@ def plan_engine(
 ) -> Conversion:
     """Plan to write a checkpoint as an engine has it. Raises PolicyError, InputError with the reason where it cannot
     hold it."""
+    if engine_name in READERS:
+        raise UsageError(f"folders of {READERS[engine_name].title} are read, not written", hint="see tpshard engines")
     engine = engine_called(engine_name)
     family = written_family(engine, checkpoint.config)
     grid = replace(grid, whole_experts=True) if engine.whole_experts else grid

@@ -6,8 +6,11 @@ import importlib.util
 from collections.abc import Iterable, Iterator, Mapping
 
 from tpshard.adapter_folder import Base, adapter_base, adapter_of, open_adapter
-from tpshard.checkpoint import Checkpoint, open_full
+from tpshard.checkpoint import Checkpoint
 from tpshard.companions import Quantised
+from tpshard.engines.opening import Source
+from tpshard.engines.readers.of import READERS
+from tpshard.engines.whole import open_whole
 from tpshard.errors import InconclusiveError, InputError, UsageError
 from tpshard.verify.adapter_layout_check import check_adapter_layout
 from tpshard.verify.companions import check_quantised_layout, quantised_in
@@ -60,8 +63,9 @@ def _checks(request: Request) -> Iterator[CheckResult]:
         yield files  # what is recorded of the base was damaged
         yield from _unproven(request.after_files)
         return
-    opened = open_full if base is None else open_adapter
-    source = opened(request.against) if request.against else None
+    source = None
+    if request.against:
+        source = open_whole(Source(request.against)) if base is None else open_adapter(request.against)
     files, shards = check_files(request.folder, workers, request.progress)
     yield files
     if shards is None:
@@ -71,7 +75,7 @@ def _checks(request: Request) -> Iterator[CheckResult]:
 
 
 def _checks_of_engine(request: Request, workers: int) -> Iterator[CheckResult]:
-    source = open_full(request.against) if request.against else None
+    source = open_whole(Source(request.against)) if request.against else None
     files, shards = check_engine_files(request.ranks, workers, request.progress)
     yield files
     if shards is None:
@@ -99,6 +103,10 @@ def _unproven(levels: Iterable[str]) -> Iterator[CheckResult]:
 
 
 def _layout(shards: Checkpoint, base: Base | None, quantised: Quantised | InputError) -> CheckResult:
+    reader = READERS.get(shards.manifest.engine) if shards.manifest else None
+    if reader is not None and reader.own_cuts:
+        what = f"{reader.title} cuts by sizes of its own, which config.json does not tell; level forward runs them"
+        return CheckResult("layout", unproven=what)
     if base is None:
         return check_quantised_layout(shards, quantised)
     try:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 
-from tpshard.checkpoint import Checkpoint, open_full, open_shards
+from tpshard.checkpoint import Checkpoint, open_shards
 from tpshard.companions import Quantised
+from tpshard.engines.opening import Source
+from tpshard.engines.whole import open_whole
 from tpshard.errors import InputError, UsageError
 from tpshard.manifest_parsing import read_manifest
 from tpshard.verify.companions import check_quantised_layout, quantised_in
@@ -35,7 +37,7 @@ def _checks(request: Request, group: Group) -> Iterator[CheckResult]:
     opened: dict[str, Checkpoint | None] = {"source": None}
 
     def look() -> CheckResult:
-        opened["source"] = open_full(request.against) if request.against else None
+        opened["source"] = open_whole(Source(request.against)) if request.against else None
         result, opened["shards"] = check_files(request.folder, workers, request.progress, (group.rank,))
         return result
 
