@@ -118,9 +118,7 @@ class Policy:
 
     def applies(self, config: Mapping[str, Any]) -> bool:
         """Whether ``for`` describes this config; a policy without ``for`` is never picked by itself."""
-        return bool(self.applies_to) and all(
-            any(_same(_look_up(config, key), value) for value in values) for key, values in self.applies_to.items()
-        )
+        return bool(self.applies_to) and meets(config, self.applies_to)
 
     @property
     def says_default(self) -> bool:
@@ -263,6 +261,11 @@ def _joined(count: int, width: int, named: bool, together: int) -> Block:
     """Units of ``width`` cells, so many together made one; the last may be short of some."""
     units = -(-count // together)
     return Block(units, width * together, named, (units * together - count) * width)
+
+
+def meets(config: Mapping[str, Any], conditions: Mapping[str, tuple[object, ...]]) -> bool:
+    """Whether each of these keys of config.json has one of its values; None: or is absent."""
+    return all(any(_same(_look_up(config, key), value) for value in values) for key, values in conditions.items())
 
 
 def _look_up(config: Mapping[str, Any], key: str) -> Any:

@@ -26,7 +26,7 @@ def parse_policy(document: Node, *, shared: bool = False) -> Policy:
         mark=document.mark,
         levels=(tuple(_parse_rule(key, node, shared) for key, node in rules.items()),),
         variables={key: _expression(node) for key, node in _optional(table, "vars").items()},
-        applies_to={key: _values(node) for key, node in _optional(table, "for").items()},
+        applies_to={key: values_of(node) for key, node in _optional(table, "for").items()},
         default=_parse_default(table),
         extends=table["extends"].text() if "extends" in table else None,
         description=table["description"].text() if "description" in table else "",
@@ -53,7 +53,8 @@ def _parse_default(table: Mapping[str, Node]) -> Kind | None:
     return "replicate" if table["default"].one_of(("replicate", "error")) == "replicate" else None
 
 
-def _values(node: Node) -> tuple[object, ...]:
+def values_of(node: Node) -> tuple[object, ...]:
+    """One value, or any of several."""
     items = node.value if isinstance(node.value, tuple) else (node,)
     for item in items:
         if isinstance(item.value, tuple | Mapping):

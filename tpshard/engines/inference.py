@@ -129,7 +129,10 @@ def _parts(
     if len(recipe.parts) == 1:
         return [(own[0], inner) for own in names]
     axis = len(inner) - 2 if recipe.order == "transposed" else 0
-    shares = [_share(policy.match(part), policy, config, tp) for part in names[0]] if names else []
+    if recipe.shares:
+        shares = [evaluate(str(share), config) for share in recipe.shares]
+    else:
+        shares = [_share(policy.match(part), policy, config, tp) for part in names[0]] if names else []
     if inner[axis] % sum(shares):
         raise InputError(f"{printable(name)}: {inner[axis]} rows are not {'+'.join(map(str, shares))} equal shares")
     unit = inner[axis] // sum(shares)

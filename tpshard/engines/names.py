@@ -1,7 +1,8 @@
 """Names with places to fill: ``decoder.layers.<layer>.mlp.linear_fc1.<leaf>``.
 
-``<layer>``, ``<expert>`` and every other word stand for a whole number, but for ``<leaf>``, one segment, the kind of a
-layer's tensor (``weight`` or ``bias``), and ``<rest>``, any segments; ``<tp:02>`` for a number of at least two digits.
+``<layer>``, ``<expert>`` and every other word stand for a whole number, but for ``<leaf>``, which is ``weight`` or
+``bias`` (not what quantisation puts beside them: what is packed does not join by rows), and ``<rest>``, any segments;
+``<tp:02>`` for a number of at least two digits.
 A template reads names and makes them, so a rule that relates two templates serves both directions.
 """
 
@@ -17,7 +18,7 @@ Meaning = TypeVar("Meaning")
 
 _PLACE = re.compile(r"<([a-z]+)(?::0([1-9]))?>")
 _NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.|$)")
-_TEXTS = {"leaf": "[^./]+", "rest": "[^/]+"}
+_TEXTS = {"leaf": "weight|bias", "rest": "[^/]+"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,9 +26,9 @@ class Recipe:
     ``groups``: the rows of all parts are dealt into so many groups in the whole tensor, and follow one another group
     by group (Megatron's grouped QKV); None: one group on each rank. ``order`` of each part's rows: ``rotary``, where
     the engine keeps the two halves of each of ``heads`` heads interleaved; ``transposed``, where its last two axes
-    are exchanged; ``widened``, where the engine has BF16 as F32; ``axes``, with the
-    lengths ``sizes``, for any other order of a single part. Places that only the parts have are stacked along a
-    first axis: experts.
+    are exchanged; ``widened``, where the engine has BF16 as F32; ``axes``, with the lengths ``sizes``, for any other
+    order of a single part. Places that only the parts have are stacked along a first axis: experts. ``shares``: the
+    rows of each part, or numbers in their proportion, where neither the policy tells them nor are all parts alike.
     """
 
     name: Template
@@ -38,6 +38,7 @@ class Recipe:
     heads: Expression | None = None
     axes: AxisOrder | None = None
     sizes: tuple[tuple[str, Expression], ...] = ()
+    shares: tuple[Expression, ...] = ()
 
     def lengths(self, config: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:
         """The lengths of ``axes`` that the configuration says."""
@@ -91,14 +92,15 @@ class Tied:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """The names of one kind of models. ``policy``: rules that come before those of the model's own policy;
+    """The names of one kind of models. ``conditions``: values of keys in its config.json, as in a policy's ``for``;
+    ``policy``: rules that come before those of the model's own policy;
     ``variant``: one of several sets of names that the engine has had; ``versions``: of its files, where they differ;
     ``layers``: names of layers, and how many the engine takes: those beyond (of multi-token prediction) it has not;
     ``aliases``: further names under which the engine keeps what a recipe has; ``derived``: what either side may have,
     and the other makes from the configuration."""
 
     name: str
-    model_types: tuple[str, ...]
+    conditions: Mapping[str, tuple[object, ...]]
     recipes: tuple[Recipe, ...]
     constants: tuple[Constant, ...] = ()
     derived: tuple[Template, ...] = ()
@@ -125,6 +127,10 @@ class Family:
                 ours.append((template, None))
         object.__setattr__(self, "engine_names", Dictionary(theirs))
         object.__setattr__(self, "logical_names", Dictionary(ours))
+
+    @property
+    def model_types(self) -> tuple[str, ...]:
+        return tuple(map(str, self.conditions.get("model_type", ())))
 
     def when_tied(self) -> Family:
         """The names where the model has no head of its own."""

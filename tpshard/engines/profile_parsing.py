@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -13,18 +13,18 @@ from tpshard.engines.profile import Constant, Engine, Family, Format, Order, Rec
 from tpshard.header import DTYPE_BITS
 from tpshard.patterns import parse_patterns
 from tpshard.policy import Expression, Policy
-from tpshard.policy_parsing import parse_policy
+from tpshard.policy_parsing import parse_policy, values_of
 
 ENGINE_KEYS = (
     "engine", "title", "description", "format", "files", "inside", "layers", "stages", "replicas", "variants",
     "experts", "order", "metadata", "families", "proof",
 )  # fmt: skip
 FAMILY_KEYS = (
-    "for", "like", "rename", "variant", "versions", "same", "tensors", "leaves", "constants", "derived", "vocabulary",
-    "tied", "beyond", "policy",
+    "for", "without", "like", "rename", "variant", "versions", "same", "tensors", "leaves", "constants", "derived",
+    "vocabulary", "tied", "beyond", "policy",
 )  # fmt: skip
 LEAF = "<leaf>"
-RECIPE_KEYS = ("rows", "groups", "rotary", "transposed", "widened", "order", "sizes")
+RECIPE_KEYS = ("rows", "shares", "groups", "rotary", "transposed", "widened", "order", "sizes")
 
 
 def parse_engine(document: Node) -> Engine:
@@ -63,22 +63,14 @@ def _family(name: str, node: Node, known: Mapping[str, Family]) -> Family:
         base = known.get(table["like"].text()) or table["like"].fail("is not a family that stands before this one")
     if base is not None and "rename" in table:
         base = _renamed(base, {old: new.text() for old, new in table["rename"].mapping().items()})
-    recipes = {recipe.name.text: recipe for recipe in (base.recipes if base else ())}
-    for item in _list(table["same"]) if "same" in table else ():
-        for pattern in parse_patterns(item.text()):
-            template = _made(item, ".".join(pattern.segments))
-            recipes[template.text] = Recipe(template, (template,))
-    leaves = {key: leaf.text() for key, leaf in table["leaves"].mapping().items()} if "leaves" in table else {}
-    for key, value in (table["tensors"].mapping() if "tensors" in table else {}).items():
-        recipe = _recipe(key, value)
-        recipes.update((own.name.text, own) for own in _with_leaves(recipe, leaves))
-    constants = table["constants"].mapping() if "constants" in table else {}
+    constants = table["constants"].mapping().items() if "constants" in table else ()
     derived = tuple(map(_template, _list(table["derived"]))) if "derived" in table else ()
     return Family(
         name=name,
-        model_types=_texts(table["for"]) if "for" in table else base.model_types if base else (),
-        recipes=tuple(recipes.values()),
-        constants=tuple(_constant(key, value) for key, value in constants.items()) or (base.constants if base else ()),
+        conditions=_conditions(table) if "for" in table else base.conditions if base else {},
+        recipes=_recipes(table, base.recipes if base else ()),
+        constants=tuple(constant for key, value in constants for constant in _constants(key, value))
+        or (base.constants if base else ()),
         derived=derived or (base.derived if base else ()),
         vocabulary=_vocabulary(table["vocabulary"]) if "vocabulary" in table else base and base.vocabulary,
         tied=_tied(table["tied"]) if "tied" in table else base and base.tied,
@@ -87,6 +79,28 @@ def _family(name: str, node: Node, known: Mapping[str, Family]) -> Family:
         versions=_texts(table["versions"]) if "versions" in table else (),
         policy=_policy(name, table["policy"]) if "policy" in table else base and base.policy,
     )
+
+
+def _conditions(table: Mapping[str, Node]) -> Mapping[str, tuple[object, ...]]:
+    """``for``: model types, or any keys of config.json as in a policy; ``without``: keys that it must not have."""
+    node = table["for"]
+    keys = node.value if isinstance(node.value, Mapping) else {"model_type": node}
+    without = _texts(table["without"]) if "without" in table else ()
+    return {key: values_of(value) for key, value in keys.items()} | dict.fromkeys(without, (None,))
+
+
+def _recipes(table: Mapping[str, Node], inherited: Sequence[Recipe]) -> tuple[Recipe, ...]:
+    """The family's own, and of those that it inherits the ones whose logical tensors are not in its own."""
+    own: dict[str, Recipe] = {}
+    for item in _list(table["same"]) if "same" in table else ():
+        for template in _alternatives(item, item.text()):
+            own[template.text] = Recipe(template, (template,))
+    leaves = {key: leaf.text() for key, leaf in table["leaves"].mapping().items()} if "leaves" in table else {}
+    for key, value in (table["tensors"].mapping() if "tensors" in table else {}).items():
+        own.update((recipe.name.text, recipe) for recipe in _with_leaves(_recipe(key, value), leaves))
+    taken = {part.text for recipe in own.values() for part in recipe.parts}
+    kept = {r.name.text: r for r in inherited if taken.isdisjoint(part.text for part in r.parts)}
+    return tuple((kept | own).values())
 
 
 def _variants(node: Node) -> dict[str, bool]:
@@ -117,25 +131,30 @@ def _renamed(family: Family, words: Mapping[str, str]) -> Family:
 
 def _recipe(key: str, node: Node) -> Recipe:
     name = _made(node, key)
-    if isinstance(node.value, str):
-        return _checked(node, Recipe(name, (_template(node),)))
+    if not isinstance(node.value, Mapping):
+        return _checked(node, Recipe(name, _parts(node)))
     table = node.known_keys(RECIPE_KEYS)
     if "rows" not in table:
         node.fail("needs 'rows': the tensors that it is made of")
     orders: list[Order] = [order for order in ("rotary", "transposed", "widened") if order in table]
     sizes = table["sizes"].mapping() if "sizes" in table else {}
+    parts = _parts(table["rows"])
+    shares = tuple(map(_expression, _list(table["shares"]))) if "shares" in table else ()
+    if shares and len(shares) != len(parts):
+        node.fail(f"has {len(shares)} shares, and {len(parts)} tensors")
     if len(orders) > 1:
         node.fail(f"is both {orders[0]} and {orders[1]}")
     return _checked(
         node,
         Recipe(
             name,
-            tuple(map(_template, _list(table["rows"]))),
+            parts,
             groups=_expression(table["groups"]) if "groups" in table else None,
             order=orders[0] if orders else "",
             heads=_expression(table["rotary"]) if "rotary" in table else None,
             axes=_axes(table["order"]) if "order" in table else None,
             sizes=tuple((name, _expression(n)) for name, n in sizes.items()),
+            shares=shares,
         ),
     )
 
@@ -153,6 +172,15 @@ def _with_leaves(recipe: Recipe, leaves: Mapping[str, str]) -> tuple[Recipe, ...
         )
         for theirs, ours in leaves.items()
     )
+
+
+def _parts(node: Node) -> tuple[Template, ...]:
+    return tuple(template for item in _list(node) for template in _alternatives(item, item.text()))
+
+
+def _alternatives(node: Node, text: str) -> tuple[Template, ...]:
+    """All that ``{a,b}`` in a template stand for, in their order."""
+    return tuple(_made(node, ".".join(pattern.segments)) for pattern in parse_patterns(text))
 
 
 def _checked(node: Node, recipe: Recipe) -> Recipe:
@@ -173,12 +201,13 @@ def _axes(node: Node) -> AxisOrder:
         node.fail(str(error))
 
 
-def _constant(key: str, node: Node) -> Constant:
+def _constants(key: str, node: Node) -> tuple[Constant, ...]:
     table = node.known_keys(("beside", "dtype", "value"))
-    name, beside = _made(node, key), _template(table["beside"])
-    if set(name.places) - set(beside.places):
+    beside, dtype = _template(table["beside"]), table["dtype"].one_of(tuple(DTYPE_BITS))
+    names = _alternatives(node, key)
+    if set(names[0].places) - set(beside.places):
         node.fail(f"'{beside.text}' lacks places of '{key}'")
-    return Constant(name, beside, table["dtype"].one_of(tuple(DTYPE_BITS)), float(table["value"].text()))
+    return tuple(Constant(name, beside, dtype, float(table["value"].text())) for name in names)
 
 
 def _vocabulary(node: Node) -> Vocabulary:

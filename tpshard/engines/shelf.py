@@ -11,6 +11,7 @@ from tpshard.document import did_you_mean, parse_documents
 from tpshard.engines.profile import Engine, Family
 from tpshard.engines.profile_parsing import parse_engine
 from tpshard.errors import InputError, UsageError, printable
+from tpshard.policy import meets
 
 
 @cache
@@ -49,10 +50,14 @@ def families_for(engine: Engine, config: Mapping[str, object]) -> list[Family]:
     """The names that an engine has for a model, the preferred first. Raises InputError where it has none."""
     model_type = config.get("model_type")
     order = list(engine.variants)
-    found = [family for family in engine.families if model_type in family.model_types]
+    found = [family for family in engine.families if family.conditions and meets(config, family.conditions)]
     if found:
         return sorted(found, key=lambda family: order.index(family.variant) if family.variant else 0)
     known = engine.model_types
+    if model_type in known:
+        some = {key: config.get(key) for f in engine.families if model_type in f.model_types for key in f.conditions}
+        told = ", ".join(f"{key} {printable(str(value), 40)}" for key, value in some.items())
+        raise InputError(f"{engine.title}: no names are known for this kind of model: {told}")
     what = f"{engine.title}: no names are known for model_type '{printable(str(model_type), 40)}'"
     hint = f"known: {', '.join(known)}" if config else "there is no config.json; give one with --config"
     raise InputError(what, hint=hint)
