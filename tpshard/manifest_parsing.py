@@ -70,7 +70,7 @@ def _manifest_from(data: Mapping[str, Any]) -> Manifest:
         algorithm=data["digest"],
         policy=str(data["policy"]["name"]),
         policy_documents=tuple(data["policy"]["documents"]),
-        sources=tuple(SourceFile(_bare(s["name"]), _texts(s["metadata"])) for s in data["sources"]),
+        sources=tuple(SourceFile(_relative(s["name"]), _texts(s["metadata"])) for s in data["sources"]),
         tensors=tuple(_tensor_from(item, layouts, roles, ranks) for item in data["tensors"]),
         files=tuple(_file_from(item, str(data["engine"])) for item in data["files"]),
         carried=tuple(
