@@ -41,7 +41,17 @@ FLOORS: list[tuple[str, ...]] = [
     ("verify.values", "verify.dequantise", "verify.logical"),
     ("verify.blocks", "verify.block_tensor", "verify.block_products", "verify.block_operations", "verify.generic"),
     ("verify.adapter_weights",),
-    ("verify.inputs", "verify.models", "verify.factory_model", "verify.placement", "verify.gradients"),
+    (
+        "verify.inputs",
+        "verify.models",
+        "verify.factory_model",
+        "verify.keras_layers",
+        "verify.keras_plain",
+        "verify.keras_recurrent",
+        "verify.keras_model",
+        "verify.placement",
+        "verify.gradients",
+    ),
     (
         "verify.lockstep",
         "verify.recurrent",

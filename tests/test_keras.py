@@ -274,10 +274,10 @@ def test_frames(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- round trips
 
 
-@pytest.mark.parametrize("tp", [2, 4])
-def test_split_verify_merge(saved: tuple[str, Any, Path], tp: int, tmp_path: Path) -> None:
+def test_split_verify_merge(saved: tuple[str, Any, Path], tmp_path: Path) -> None:
     """Every kind of layer: cut, proven by running it forward and backward, and given back byte for byte."""
     key, model, folder = saved
+    tp = {"two-lstms": 4, "sentences": 4}.get(key, 2)
     api.split(folder / "m.keras", tmp_path / "shards", tp=tp)
     assert any(tensor.layout.cut_axes for tensor in api.inspect(tmp_path / "shards").tensors.values())
     report = api.verify(tmp_path / "shards", against=folder / "m.keras")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tpshard.containers import Container
 from tpshard.errors import InputError, StorageError
+from tpshard.folder import is_pickled
 from tpshard.keras_files import open_keras
 from tpshard.tensorflow_files import open_tensorflow
 
@@ -55,4 +56,4 @@ def _candidates(folder: Path) -> list[Path]:
         data = f"{path.name.removesuffix('.index')}.data-00000-of-"
         if path.name.endswith(".index") and any(name.startswith(data) for name in names):
             found.append(path)
-    return found
+    return [*found, *(path for path in present if is_pickled(path.name))] if found else []

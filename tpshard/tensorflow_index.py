@@ -71,6 +71,8 @@ def _parse(raw: bytes) -> BundleIndex:
         for key, value in _block(raw, block_begin, block_size):
             if not key:
                 shards = _header(value)
+            elif key.startswith(b"\0"):
+                continue  # a part of a partitioned variable, which has an entry of its own
             elif len(entries) >= MAX_TENSORS:
                 raise _BrokenError(f"more than {MAX_TENSORS} tensors")
             else:
