@@ -89,6 +89,8 @@ def _parsed(config: bytes | None, path: Path) -> Mapping[str, Any]:
 def _header(path: Path, entries: Mapping[str, Entry], names: Mapping[str, str], inside: bool = False) -> Header:
     check_names(names.values(), str(path))
     by_name = {names[key]: entry for key, entry in entries.items()}
+    if len(by_name) != len(entries):
+        raise InputError(f"{path}: {len(entries) - len(by_name)} tensors have another's name")
     metadata = {FRAME_KEY: f"{path.name}{FRAME_SUFFIX}"} | ({INSIDE_KEY: "inside"} if inside else {})
     return checked(path, path.stat().st_size, by_name, metadata)
 

@@ -43,6 +43,8 @@ def open_tensorflow(path: Path) -> Container:
     full = _full_names(index, [folder / name for name in files])
     names = _names(tensors, full, parse_json_object(config, f"{folder}: config.json") if config else {})
     check_names(names.values(), str(index_path))
+    if len(set(names.values())) != len(names):
+        raise InputError(f"{index_path}: {len(names) - len(set(names.values()))} tensors have another's name")
     headers = {}
     for shard, name in enumerate(files):
         own = {names[key]: _entry(entry, key, index_path) for key, entry in tensors.items() if entry.shard == shard}
