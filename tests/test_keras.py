@@ -328,6 +328,10 @@ def test_a_frame_that_is_gone_or_changed(tmp_path: Path) -> None:
     assert api.verify(tmp_path / "shards", level="files").verdict is Verdict.FAIL
     with pytest.raises(InputError, match=r"m\.keras\.frame"):
         api.merge(tmp_path / "shards", tmp_path / "merged")
+    start = raw.index(b'"lstm.bias":') + len(b'"lstm.bias":')
+    frame.write_bytes(raw[:start] + (b"1" if raw[start : start + 1] != b"1" else b"2") + raw[start + 1 :])
+    with pytest.raises(InputError, match=r"m\.keras\.frame: was changed"):
+        api.merge(tmp_path / "shards", tmp_path / "merged")
     frame.unlink()
     with pytest.raises(InputError, match=r"m\.keras\.frame: is not there"):
         api.merge(tmp_path / "shards", tmp_path / "merged")

@@ -20,7 +20,6 @@ from tpshard.frames import Fixed, Frame, Tensor
 from tpshard.header import Entry, Header, parse_json_object
 
 FRAME_SUFFIX = ".frame"
-FRAME_KEY = "tpshard.frame"  # in the metadata of a source in the manifest: what is kept of it
 INSIDE_KEY = "tpshard.config"  # "inside": config.json was taken out of it
 FORMAT = "tpshard-frame"
 MAX_KEPT = 256 * 2**20  # bytes around a file's tensors: bounds memory

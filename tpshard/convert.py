@@ -115,7 +115,7 @@ def plan_merge(source: Path | Source, target: Path, options: Options = Options()
         first += len(group)
     items = [item for group in groups for item in group]
     files = dict(zip(names, metadata, strict=True))
-    arrangement = reframed(given.folder, files) or Plain(lambda output: metadata[output.part])
+    arrangement = reframed(given.folder, checkpoint.manifest, files) or Plain(lambda output: metadata[output.part])
     plan = Plan(checkpoint, tuple(items), tuple(outputs), 1, arrangement)
     return Conversion(plan, target, None, {}, checkpoint.warnings, beside=checkpoint.beside)
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tpshard.containers import FRAME_KEY, FRAME_SUFFIX, INSIDE_KEY, Container, checked
+from tpshard.containers import FRAME_SUFFIX, INSIDE_KEY, Container, checked
 from tpshard.errors import InputError, StorageError, printable
 from tpshard.folder import CONFIG, is_bare_name, natural_order, read_json
 from tpshard.header import Entry, Header, check_names, parse_json_object
@@ -29,6 +29,7 @@ from tpshard.keras_names import (
     unique,
     variable_names,
 )
+from tpshard.manifest import FRAME_KEY
 
 WEIGHTS_MEMBER = "model.weights.h5"
 MAX_CONFIG = 256 * 2**20

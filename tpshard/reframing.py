@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tpshard.containers import FRAME_KEY, INSIDE_KEY, Kept, read_frame
-from tpshard.errors import InputError
-from tpshard.folder import CONFIG
+from tpshard.containers import INSIDE_KEY, Kept, read_frame
+from tpshard.digest import hasher_factory
+from tpshard.errors import InputError, printable
+from tpshard.folder import CONFIG, read_bytes
 from tpshard.frames import Frame, Tensor
-from tpshard.manifest import Manifest
+from tpshard.manifest import FRAME_KEY, Manifest
 from tpshard.plan import Output, Plan, Targets
 
 
@@ -31,13 +32,27 @@ class Reframed:
             yield Targets((start,))
 
 
-def reframed(shards: Path, files: Mapping[str, Mapping[str, str]]) -> Reframed | None:
+def reframed(shards: Path, manifest: Manifest, files: Mapping[str, Mapping[str, str]]) -> Reframed | None:
     """The arrangement of files with this metadata in the manifest; None where they are safetensors. Raises
     InputError, StorageError."""
-    kept = {name: read_frame(shards / texts[FRAME_KEY]) for name, texts in files.items() if FRAME_KEY in texts}
-    if kept and len(kept) != len(files):
+    wanted = {name: texts[FRAME_KEY] for name, texts in files.items() if FRAME_KEY in texts}
+    if wanted and len(wanted) != len(files):
         raise InputError(f"{shards}: some of the original files have a frame and some do not")
-    return Reframed(kept) if kept else None
+    return Reframed({name: _kept(shards, manifest, frame) for name, frame in wanted.items()}) if wanted else None
+
+
+def _kept(shards: Path, manifest: Manifest, frame: str) -> Kept:
+    """A frame file, which has to be the one that was written. Raises InputError, StorageError."""
+    record = next((record for record in manifest.carried if record.name == frame), None)
+    if record is None:
+        raise InputError(f"{shards}: the manifest does not list {printable(frame)}, which it speaks of")
+    path = shards / frame
+    kept = read_frame(path)
+    hasher = hasher_factory(manifest.algorithm)()
+    hasher.update(read_bytes(path))
+    if hasher.hexdigest() != record.digest:
+        raise InputError(f"{path}: was changed since the shards were written", hint="tpshard verify tells more")
+    return kept
 
 
 def made_by_split(manifest: Manifest, as_it_was: bool) -> set[str]:

@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tpshard.containers import FRAME_KEY, FRAME_SUFFIX, Container, checked
+from tpshard.containers import FRAME_SUFFIX, Container, checked
 from tpshard.errors import InputError, StorageError, printable
 from tpshard.folder import CONFIG
 from tpshard.header import Entry, byte_count, check_names, parse_json_object
 from tpshard.keras_files import config_beside
 from tpshard.keras_names import CELL, layers_of, logical_name, slot_names, unique
+from tpshard.manifest import FRAME_KEY
 from tpshard.tensorflow_index import DTYPES, MAX_INDEX, STRING, BundleIndex, IndexEntry, object_graph, parse_index
 
 GRAPH_KEY = "_CHECKPOINTABLE_OBJECT_GRAPH"
