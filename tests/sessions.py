@@ -19,7 +19,10 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PAGES = [
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("tutorial", "verify", "any-model", "grid", "quantised", "lora")),
+    *(
+        ROOT / "docs" / f"{name}.md"
+        for name in ("tutorial", "verify", "any-model", "grid", "quantised", "lora", "keras")
+    ),
 ]
 BLOCK = re.compile(r"(?<=^```console\n).*?(?=^```$)", re.MULTILINE | re.DOTALL)
 FILE = re.compile(r"^```\w+ ([\w.-]+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.parametrize("page", sessions.PAGES, ids=lambda page: page.name)
 def test_sessions_print_what_the_page_shows(page: Path, tmp_path: Path) -> None:
+    if page.name == "keras.md" and find_spec("keras") is None:
+        pytest.skip("keras is not installed")
     found = [step for block in sessions.blocks(page) for step in sessions.steps(block[0])]
     assert found
     sessions.write_files(page, tmp_path)

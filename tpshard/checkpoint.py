@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from tpshard.container_files import find_container
+from tpshard.containers import Container
 from tpshard.errors import InputError, StorageError, printable
-from tpshard.folder import MANIFEST_NAME, WeightFiles, carried_files, find_weights, is_pickled, read_config
-from tpshard.header import Header, byte_count, read_header
+from tpshard.folder import CONFIG, MANIFEST_NAME, WeightFiles, carried_files, find_weights, is_pickled, read_config
+from tpshard.header import Header, byte_count, parse_json_object, read_header
+from tpshard.keras_names import with_model_type
 from tpshard.layout import Layout, Shape
 from tpshard.manifest import FileRecord, Manifest, TensorRecord
 from tpshard.manifest_parsing import read_manifest
@@ -77,6 +80,13 @@ class Checkpoint:
     manifest: Manifest | None = None
     warnings: tuple[str, ...] = ()
     beside: Mapping[str, bytes] = field(default_factory=dict)
+    container: Container | None = None
+
+    @property
+    def place(self) -> Path:
+        """What must not be written into: the folder, or the file where that is all that was named."""
+        named = self.container is not None and self.container.named
+        return self.files[0].path if named else self.folder
 
     @property
     def shapes(self) -> dict[str, Shape]:
@@ -96,7 +106,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 def open_full(folder: Path, found: WeightFiles | None = None) -> Checkpoint:
     """A Hugging Face folder: ``model.safetensors``, or an index and its files, or PyTorch's files where there are none
-    of safetensors; ``found``: other files than those."""
+    of safetensors; ``found``: other files than those. Or a container of another kind, or the folder that holds it."""
+    if found is None and (container := find_container(folder)) is not None:
+        return _open_container(container, folder)
     found = found or find_weights(folder)
     files: list[WeightFile] = []
     tensors: dict[str, Stored] = {}
@@ -126,7 +138,7 @@ def open_full(folder: Path, found: WeightFiles | None = None) -> Checkpoint:
         ranks=1,
         files=tuple(files),
         tensors=tensors,
-        config=read_config(folder),
+        config=with_model_type(read_config(folder)),
         carried=tuple(carried_files(folder)),
         warnings=(*warnings, *_wrong_total(found, tensors)),
     )
@@ -138,6 +150,34 @@ def _read_weights(path: Path) -> tuple[Header, tuple[str, ...]]:
         return read_header(path), ()
     file = read_torch_file(path)
     return file.header, file.warnings
+
+
+def _open_container(container: Container, path: Path) -> Checkpoint:
+    folder, files, tensors = container.folder, list[WeightFile](), dict[str, Stored]()
+    for index, (name, header) in enumerate(container.files.items()):
+        files.append(weight_file(folder, name, header))
+        for tensor, entry in header.entries.items():
+            if tensor in tensors:
+                other = files[tensors[tensor].source].name
+                raise InputError(f"{folder}: tensor {printable(tensor)} is in both {other} and {name}")
+            layout = Layout.replicated(entry.shape, 1)
+            tensors[tensor] = Stored(tensor, entry.dtype, layout, (Place(index, entry.offset),), index)
+    others = [name for name in carried_files(folder) if name not in container.files] if path == folder else []
+    if CONFIG in others and container.config_is_inside:
+        what = f"{CONFIG} is not the model's, whose configuration is in {files[0].name}"
+        raise InputError(f"{folder}: {what}", hint=f"give {folder / files[0].name}")
+    beside = () if container.config is None or container.config_is_inside else (CONFIG,)
+    config = parse_json_object(container.config, f"{path}: configuration") if container.config else {}
+    return Checkpoint(
+        folder=folder,
+        ranks=1,
+        files=tuple(files),
+        tensors=tensors,
+        config=with_model_type(config),
+        carried=tuple(dict.fromkeys([*others, *container.beside, *beside])),
+        warnings=container.warnings,
+        container=replace(container, named=path != folder),
+    )
 
 
 def _wrong_total(found: WeightFiles, tensors: Mapping[str, Stored]) -> list[str]:
@@ -231,7 +271,7 @@ class Opening:
             tensors={
                 r.name: Stored(r.name, r.dtype, r.layout, tuple(self._places[r.name]), r.source, r) for r in records
             },
-            config=read_config(self.folder),
+            config=with_model_type(read_config(self.folder)),
             carried=tuple(record.name for record in self.manifest.carried),
             manifest=self.manifest,
         )

@@ -17,7 +17,7 @@ from tpshard.folder import MANIFEST_NAME, safetensors_names
 from tpshard.library import policy_as_data
 from tpshard.manifest import CarriedRecord, Manifest, SourceFile, TensorRecord, manifest_bytes
 from tpshard.mesh import Mesh
-from tpshard.plan import Plan, bytes_of_ranks
+from tpshard.plan import Plain, Plan, bytes_of_ranks
 from tpshard.policy import Policy
 from tpshard.roles import Role
 from tpshard.staging import Staging, check_space, check_target
@@ -85,7 +85,7 @@ def without_manifest(conversion: Conversion) -> Conversion:
 def run(conversion: Conversion, options: Options = Options()) -> Done:
     """Carry out a planned conversion. The target is complete afterwards, or as it was before."""
     plan, target = conversion.plan, conversion.target
-    check_target(target, plan.source.folder)
+    check_target(target, plan.source.place)
     check_space(target, conversion.disk_needed)
     begin = time.monotonic()
     if plan.source.manifest is not None and not plan.source.manifest.recorded:
@@ -136,7 +136,9 @@ def _manifest(conversion: Conversion, written: Written, carried: tuple[CarriedRe
     }
     origin = plan.source.manifest
     files = plan.source.files
-    names = safetensors_names([file.name for file in files])  # so that merge writes what everyone reads
+    names = [file.name for file in files]
+    if plan.source.container is None:
+        names = safetensors_names(names)  # so that merge writes what everyone reads
     sources = tuple(SourceFile(name, file.metadata) for name, file in zip(names, files, strict=True))
     return Manifest(
         mesh=conversion.mesh,
@@ -154,8 +156,8 @@ def _manifest(conversion: Conversion, written: Written, carried: tuple[CarriedRe
 
 
 def _write_index(plan: Plan, staging: Staging) -> None:
-    """Hugging Face's index, where there is more than one file."""
-    if len(plan.outputs) == 1:
+    """Hugging Face's index, where there is more than one safetensors file."""
+    if len(plan.outputs) == 1 or not isinstance(plan.arrangement, Plain):
         return
     weight_map = {
         item.stored.name: output.name for output in plan.outputs for item in plan.items[output.first : output.last]

@@ -26,6 +26,7 @@ from tpshard.mesh import Grid, Mesh
 from tpshard.plan import Item, Output, Plain, Plan, arrange
 from tpshard.policy import Policy
 from tpshard.quantised import read_quantised
+from tpshard.reframing import made_by_split, reframed
 from tpshard.staging import check_target
 
 
@@ -44,7 +45,10 @@ def plan_split(
         raise UsageError(f"{given.folder}: is a shard folder already", hint="tpshard reshard cuts it for other ranks")
     check_target(target, given.folder)
     checkpoint = open_whole(given, policy)
-    return _to_ranks(checkpoint, target, Grid.of(ranks), choose_policy(policy, checkpoint.config), options, engine)
+    chosen = choose_policy(policy, checkpoint.config)
+    if checkpoint.container is not None and engine == NATIVE:
+        checkpoint = replace(checkpoint, beside=checkpoint.container.around())
+    return _to_ranks(checkpoint, target, Grid.of(ranks), chosen, options, engine)
 
 
 def plan_adapter_split(
@@ -96,7 +100,9 @@ def plan_merge(source: Path | Source, target: Path, options: Options = Options()
     given = source if isinstance(source, Source) else Source(source)
     check_target(target, given.folder)
     opened = given.open()
-    checkpoint = replace(opened, carried=tuple(name for name in opened.carried if name not in OF_THE_BASE))
+    assert opened.manifest is not None
+    made = {*OF_THE_BASE, *made_by_split(opened.manifest, options.max_shard_size is None)}
+    checkpoint = replace(opened, carried=tuple(name for name in opened.carried if name not in made))
     assert checkpoint.manifest is not None
     items = [Item(tensor, Layout.replicated(tensor.shape, 1)) for tensor in checkpoint.tensors.values()]
     if options.max_shard_size is None and checkpoint.manifest.sources:
@@ -110,7 +116,9 @@ def plan_merge(source: Path | Source, target: Path, options: Options = Options()
         outputs.append(Output(name, 0, part, first, first + len(group)))
         first += len(group)
     items = [item for group in groups for item in group]
-    plan = Plan(checkpoint, tuple(items), tuple(outputs), 1, Plain(lambda output: metadata[output.part]))
+    files = dict(zip(names, metadata, strict=True))
+    arrangement = reframed(given.folder, checkpoint.manifest, files) or Plain(lambda output: metadata[output.part])
+    plan = Plan(checkpoint, tuple(items), tuple(outputs), 1, arrangement)
     return Conversion(plan, target, None, {}, checkpoint.warnings, beside=checkpoint.beside)
 
 

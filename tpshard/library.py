@@ -12,6 +12,7 @@ from typing import Any
 
 from tpshard.document import Mark, Node, did_you_mean, parse_documents, read_documents
 from tpshard.errors import PolicyError, printable
+from tpshard.keras_policy import keras_policy
 from tpshard.policy import Policy
 from tpshard.policy_parsing import parse_policy
 
@@ -35,6 +36,8 @@ def builtin_text(name: str) -> str:
 
 def choose_policy(wanted: str, config: Mapping[str, Any]) -> Policy:
     """``auto``, a built-in policy's name, or a YAML file. Raises PolicyError where none or several apply."""
+    if wanted == "auto" and str(config.get("model_type")) in ("keras_sequential", "keras_functional"):
+        return policy_from_data(keras_policy(config), "the Keras model's configuration")
     if wanted == "auto":
         return _pick(builtin_policies().values(), config, "built-in policies")
     if wanted.endswith((".yaml", ".yml")) or "/" in wanted or os.path.isfile(wanted):

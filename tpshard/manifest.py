@@ -18,6 +18,7 @@ from tpshard.roles import Role
 
 FORMAT = "tpshard-manifest"
 VERSION = 1
+FRAME_KEY = "tpshard.frame"  # in a source's metadata: the file that has what lay around its tensors
 MAX_RANKS = 4096  # bounds memory on a hostile manifest; split refuses more as well
 KEYS = frozenset(
     {

@@ -13,6 +13,7 @@ from tpshard.header import DTYPE_BITS, check_names
 from tpshard.layout import Layout, Shape, Shard, Span
 from tpshard.manifest import (
     FORMAT,
+    FRAME_KEY,
     KEYS,
     MAX_RANKS,
     VERSION,
@@ -70,7 +71,7 @@ def _manifest_from(data: Mapping[str, Any]) -> Manifest:
         algorithm=data["digest"],
         policy=str(data["policy"]["name"]),
         policy_documents=tuple(data["policy"]["documents"]),
-        sources=tuple(SourceFile(_bare(s["name"]), _texts(s["metadata"])) for s in data["sources"]),
+        sources=tuple(_source_from(s) for s in data["sources"]),
         tensors=tuple(_tensor_from(item, layouts, roles, ranks) for item in data["tensors"]),
         files=tuple(_file_from(item, str(data["engine"])) for item in data["files"]),
         carried=tuple(
@@ -150,6 +151,11 @@ def _tensor_from(item: Mapping[str, Any], layouts: Sequence[Layout], roles: Sequ
     part, source = _count(item["part"], "part"), _count(item["source"], "source")
     copy_of = str(item.get("copy_of", ""))
     return TensorRecord(name, item["dtype"], layout, role, part, source, str(item["digest"]), tuple(shards), copy_of)
+
+
+def _source_from(item: Mapping[str, Any]) -> SourceFile:
+    metadata = _texts(item["metadata"])
+    return SourceFile(_relative(item["name"]) if FRAME_KEY in metadata else _bare(item["name"]), metadata)
 
 
 def _file_from(item: Mapping[str, Any], engine: str) -> FileRecord:

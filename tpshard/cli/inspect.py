@@ -57,7 +57,7 @@ def _chosen(checkpoint: Checkpoint, pattern: str | None) -> list[Stored]:
         if any(p.matches(name) or p.matches(name.rpartition(".")[0]) for p in patterns)
     ]
     if not found:
-        raise UsageError(f"no tensor of {checkpoint.folder} is like '{printable(pattern)}'")
+        raise UsageError(f"no tensor of {checkpoint.place} is like '{printable(pattern)}'")
     return found
 
 
@@ -101,7 +101,7 @@ def _as_json(checkpoint: Checkpoint, tensors: list[Stored]) -> dict[str, Any]:
     manifest = checkpoint.manifest
     return {
         "command": "inspect",
-        "path": str(checkpoint.folder),
+        "path": str(checkpoint.place),
         "ranks": checkpoint.ranks,
         "mesh": manifest.mesh.as_data() if manifest else None,
         "policy": manifest.policy if manifest else None,

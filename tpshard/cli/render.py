@@ -107,7 +107,7 @@ def done_text(verb: str, conversion: Conversion, done: Done) -> str:
     files = f"{len(done.written.files)} file{'s' if len(done.written.files) > 1 else ''}"
     rate = size(done.bytes_read / done.seconds) if done.seconds else "-"
     return (
-        f"{verb} {plan.source.folder} -> {conversion.target}\n"
+        f"{verb} {plan.source.place} -> {conversion.target}\n"
         f"  {done.tensors} tensors, {size(done.bytes_read)} read; {ranks}, {files}, "
         f"{size(done.bytes_written)} written{policy}\n"
         f"  {done.seconds:.2f} s ({rate}/s), then {done.sync_seconds:.2f} s until the disk had it"
@@ -127,7 +127,7 @@ def done_json(command: str, conversion: Conversion, done: Done | None, summary: 
         }
     return {
         "command": command,
-        "source": str(conversion.plan.source.folder),
+        "source": str(conversion.plan.source.place),
         "target": str(conversion.target),
         "ranks": conversion.plan.ranks,
         "policy": conversion.policy.name if conversion.policy else None,

@@ -16,6 +16,7 @@ from tpshard.verify.block_tensor import Context
 from tpshard.verify.blocks import Block
 from tpshard.verify.execution import Subject, call, first_of, on_device, with_first
 from tpshard.verify.factory_model import FactoryModel
+from tpshard.verify.keras_model import KerasModel, is_keras
 from tpshard.verify.lockstep import AllDouble, Lockstep, no_fault_of_the_model
 from tpshard.verify.models import Model, TransformersModel, copy_with, one_line, slots
 from tpshard.verify.placement import NOBODY, REFERENCE, Layer, Parameters, find_layers
@@ -49,6 +50,8 @@ def make_model(weights: Weights, choice: Choice) -> Model:
     if choice.factory:
         shapes = {name: shape_of(weights, name) for name in weights.names}
         return FactoryModel(choice.factory, weights.config, shapes, choice.dtype)
+    if is_keras(weights.config):
+        return KerasModel(weights.config, {name: shape_of(weights, name) for name in weights.names}, choice.dtype)
     return TransformersModel(weights.folder, weights.config, weights.names, choice.dtype)
 
 
