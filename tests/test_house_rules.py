@@ -57,7 +57,12 @@ FLOORS: list[tuple[str, ...]] = [
     ("engines.joints", "engines.rules", "engines.inference"),
     ("engines.readers.__init__", "engines.readers.kind", "engines.readers.pieces", "engines.readers.reading"),
     ("engines.readers.samples", "engines.readers.cuts", "engines.readers.rows"),
-    ("engines.readers.deepspeed_steps", "engines.readers.deepspeed_map", "engines.readers.deepspeed"),
+    (
+        "engines.readers.deepspeed_steps",
+        "engines.readers.deepspeed_map",
+        "engines.readers.dcp",
+        "engines.readers.deepspeed",
+    ),
     ("engines.readers.deepspeed_universal", "engines.readers.deepspeed_inference"),
     ("engines.readers.nanotron_config", "engines.readers.nanotron", "engines.readers.of"),
     ("engines.settings.__init__", "engines.settings.kind", "engines.settings.rope", "engines.settings.reading"),

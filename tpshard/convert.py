@@ -13,6 +13,7 @@ from tpshard.assignment import Assigned
 from tpshard.checkpoint import Checkpoint
 from tpshard.companions import assign_stored
 from tpshard.conversion import DEFAULT_MAX_SHARD_SIZE, Conversion, Options
+from tpshard.dcp_writing import InDistcp, InSafetensors, plan_dcp_safetensors, plan_distcp
 from tpshard.engines.opening import NATIVE, Source
 from tpshard.engines.whole import open_whole
 from tpshard.engines.writing import plan_engine
@@ -28,6 +29,8 @@ from tpshard.policy import Policy
 from tpshard.quantised import read_quantised
 from tpshard.reframing import made_by_split, reframed
 from tpshard.staging import check_target
+
+CHUNKED = {"dcp": plan_distcp, "dcp-hf": plan_dcp_safetensors}  # stores of PyTorch's distributed checkpoints
 
 
 def plan_split(
@@ -128,12 +131,35 @@ def plan_merge(source: Path | Source, target: Path, options: Options = Options()
 def _to_ranks(
     checkpoint: Checkpoint, target: Path, grid: Grid, policy: Policy, options: Options, engine: str
 ) -> Conversion:
+    if engine in CHUNKED:
+        return _to_chunks(checkpoint, target, grid, policy, engine)
     if engine != NATIVE:
         return plan_engine(checkpoint, target, grid, policy, options, engine)
     sizes = {name: byte_count(tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()}
     quantised = read_quantised(checkpoint)
     assigned = assign_stored(policy, checkpoint.config, checkpoint.shapes, sizes, grid, quantised)
     return _as_assigned(checkpoint, target, grid.mesh, policy, options, assigned)
+
+
+def _to_chunks(checkpoint: Checkpoint, target: Path, grid: Grid, policy: Policy, engine: str) -> Conversion:
+    """A store of chunks, which any ranks can load: it says itself what is where, and has no manifest."""
+    sizes = {name: byte_count(tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    quantised = read_quantised(checkpoint)
+    assigned = assign_stored(policy, checkpoint.config, checkpoint.shapes, sizes, grid, quantised)
+    layouts = {name: assignment.layout for name, assignment in assigned.tensors.items()}
+    plan = CHUNKED[engine](checkpoint, layouts, grid.mesh.ranks)
+    assert isinstance(plan.arrangement, InDistcp | InSafetensors)
+    return Conversion(
+        plan,
+        target,
+        policy,
+        {name: assignment.role for name, assignment in assigned.tensors.items()},
+        checkpoint.warnings,
+        mesh=grid.mesh,
+        beside={**checkpoint.beside, **plan.arrangement.beside(plan)},
+        engine=engine,
+        manifest=False,
+    )
 
 
 def _adapter_to_shards(

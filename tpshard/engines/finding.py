@@ -42,8 +42,8 @@ def recognised(folder: Path) -> Engine | Reader | None:
     if not folder.is_dir():
         return None
     fitting: list[Engine | Reader] = [engine for engine in engines().values() if rank_files(folder, engine)]
-    if not any(folder.glob("*.safetensors")):
-        fitting += readers_for(folder)
+    whole = any(folder.glob("*.safetensors"))
+    fitting += [reader for reader in readers_for(folder) if reader.by_header or not whole]
     if len(fitting) > 1:
         names = ", ".join(engine.name for engine in fitting)
         raise UsageError(f"{folder}: could be of several engines: {names}", hint="say which with --from")

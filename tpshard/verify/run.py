@@ -81,6 +81,11 @@ def _checks_of_engine(request: Request, workers: int) -> Iterator[CheckResult]:
     if shards is None:
         yield from _unproven(request.after_files)
         return
+    reader = READERS.get(shards.manifest.engine) if shards.manifest else None
+    if reader is not None and reader.whole:  # dealt to no ranks: there is no layout, and nothing to run on them
+        if request.wants("weights"):
+            yield check_weights(shards, source, workers, request.progress)
+        return
     yield from _checks_of_weights(shards, source, None, request, workers)
 
 

@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from tpshard.engines.readers import deepspeed, deepspeed_inference, deepspeed_universal, nanotron
+from tpshard.engines.readers import dcp, deepspeed, deepspeed_inference, deepspeed_universal, nanotron
 from tpshard.engines.readers.kind import Reader
 
 READERS: Mapping[str, Reader] = {
     reader.name: reader
-    for reader in (deepspeed.READER, deepspeed_inference.READER, deepspeed_universal.READER, nanotron.READER)
+    for reader in (
+        dcp.READER,
+        deepspeed.READER,
+        deepspeed_inference.READER,
+        deepspeed_universal.READER,
+        nanotron.READER,
+    )
 }
 
 

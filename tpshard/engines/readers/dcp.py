@@ -1,0 +1,58 @@
+"""PyTorch's distributed checkpoints as a source: whole tensors in chunks, whatever ranks wrote them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+from tpshard.checkpoint import Checkpoint
+from tpshard.dcp import is_dcp, open_dcp
+from tpshard.engines.readers.kind import Asked, Reader
+from tpshard.folder import CONFIG
+from tpshard.library import choose_policy, policy_as_data
+from tpshard.manifest import FileRecord, Manifest, TensorRecord
+from tpshard.mesh import Mesh
+from tpshard.roles import Role
+
+
+def open_chunks(asked: Asked) -> Checkpoint:
+    """Every chunk as a rank's part: of no rank that computes, so there are no roles."""
+    found = open_dcp(asked.folder)
+    nothing: tuple[None, ...] = (None,) * found.ranks
+    role = Role("replicate", pattern="chunks")
+    records = [TensorRecord(t.name, t.dtype, t.layout, role, 0, 0, "", nothing) for t in found.tensors.values()]
+    config = dict(asked.config or found.config)
+    policy = choose_policy(asked.policy, config) if config else None
+    manifest = Manifest(
+        mesh=Mesh(found.ranks),
+        algorithm="xxh3-128",
+        policy=policy.name if policy else "",
+        policy_documents=policy_as_data(policy) if policy else (),
+        sources=(),
+        tensors=tuple(records),
+        files=tuple(FileRecord(file.name, 0, part, file.size, "") for part, file in enumerate(found.files)),
+        carried=(),
+        engine=READER.name,
+        recorded=False,
+    )
+    beside = {CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()} if asked.config else {}
+    return replace(
+        found,
+        config=config,
+        manifest=manifest,
+        tensors={record.name: replace(found.tensors[record.name], record=record) for record in records},
+        carried=tuple(name for name in found.carried if name not in beside),
+        beside=beside,
+    )
+
+
+READER = Reader(
+    name="dcp",
+    title="PyTorch distributed checkpoint",
+    files=".metadata and __<rank>_<n>.distcp, or safetensors with DCP_SHARDING_INFO",
+    description="FSDP, DTensor, torchtitan; docs/dcp.md says which part of a nested state dict is taken.",
+    recognises=is_dcp,
+    open=open_chunks,
+    whole=True,
+    by_header=True,
+)
