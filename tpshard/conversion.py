@@ -14,10 +14,11 @@ from tpshard.copies import require_equal_copies
 from tpshard.errors import UsageError
 from tpshard.execute import Written, execute
 from tpshard.folder import MANIFEST_NAME, safetensors_names
+from tpshard.layout import Layout
 from tpshard.library import policy_as_data
 from tpshard.manifest import CarriedRecord, Manifest, SourceFile, TensorRecord, manifest_bytes
 from tpshard.mesh import Mesh
-from tpshard.plan import Plain, Plan, bytes_of_ranks
+from tpshard.plan import Item, Plan, arrange, bytes_of_ranks
 from tpshard.policy import Policy
 from tpshard.roles import Role
 from tpshard.staging import Staging, check_space, check_target
@@ -119,6 +120,7 @@ def _manifest(conversion: Conversion, written: Written, carried: tuple[CarriedRe
     plan, policy = conversion.plan, conversion.policy
     assert policy is not None
     assert conversion.mesh is not None
+    sources, source_of = _sources(plan)
     part_of = {index: part[0].part for part in plan.parts() for index in range(part[0].first, part[0].last)}
     records = {
         item.stored.name: TensorRecord(
@@ -127,25 +129,19 @@ def _manifest(conversion: Conversion, written: Written, carried: tuple[CarriedRe
             item.want,
             conversion.roles[item.stored.name],
             part_of[index],
-            item.stored.source,
+            source_of.get(item.stored.name, item.stored.source),
             written.digests[index],
             written.shards[index],
             conversion.copies.get(item.stored.name, ""),
         )
         for index, item in enumerate(plan.items)
     }
-    origin = plan.source.manifest
-    files = plan.source.files
-    names = [file.name for file in files]
-    if plan.source.container is None:
-        names = safetensors_names(names)  # so that merge writes what everyone reads
-    sources = tuple(SourceFile(name, file.metadata) for name, file in zip(names, files, strict=True))
     return Manifest(
         mesh=conversion.mesh,
         algorithm=algorithm,
         policy=policy.name,
         policy_documents=policy_as_data(policy),
-        sources=origin.sources if origin else sources,
+        sources=sources,
         tensors=tuple(
             records[name] for name in (*plan.source.tensors, *conversion.copies) if name in records
         ),  # the source's own order, for merge
@@ -153,6 +149,29 @@ def _manifest(conversion: Conversion, written: Written, carried: tuple[CarriedRe
         carried=carried,
         engine=conversion.engine,
     )
+
+
+def _sources(plan: Plan) -> tuple[tuple[SourceFile, ...], dict[str, int]]:
+    """The files that merge will make, and which tensors of a source that has none go into which of them."""
+    source, origin = plan.source, plan.source.manifest
+    if origin is not None and origin.sources:
+        return origin.sources, {}
+    if origin is None:
+        names = [file.name for file in source.files]
+        if source.container is None:
+            names = safetensors_names(names)  # so that merge writes what everyone reads
+        return tuple(SourceFile(n, file.metadata) for n, file in zip(names, source.files, strict=True)), {}
+    whole = [Item(item.stored, Layout.replicated(item.stored.shape, 1)) for item in plan.items]
+    groups = arrange(whole, 1, DEFAULT_MAX_SHARD_SIZE)
+    source_of = {item.stored.name: number for number, group in enumerate(groups) for item in group}
+    return tuple(SourceFile(name, {"format": "pt"}) for name in hf_names(len(groups))), source_of
+
+
+def hf_names(count: int) -> list[str]:
+    """Hugging Face's names for so many files."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
 def _write_index(plan: Plan, staging: Staging) -> None:

@@ -12,7 +12,7 @@ from tpshard.adapter_folder import OF_THE_BASE, AskNames, Base, assign_by_base, 
 from tpshard.assignment import Assigned
 from tpshard.checkpoint import Checkpoint
 from tpshard.companions import assign_stored
-from tpshard.conversion import DEFAULT_MAX_SHARD_SIZE, Conversion, Options
+from tpshard.conversion import DEFAULT_MAX_SHARD_SIZE, Conversion, Options, hf_names
 from tpshard.dcp_writing import InDistcp, InSafetensors, plan_dcp_safetensors, plan_distcp
 from tpshard.engines.opening import NATIVE, Source
 from tpshard.engines.whole import open_whole
@@ -112,7 +112,7 @@ def plan_merge(source: Path | Source, target: Path, options: Options = Options()
         groups, names, metadata = _as_it_was(checkpoint.manifest, items)
     else:
         groups = arrange(items, 1, options.max_shard_size or DEFAULT_MAX_SHARD_SIZE)
-        names = _hf_names(len(groups))
+        names = hf_names(len(groups))
         metadata = [{"format": "pt"}] * len(groups)
     outputs, first = [], 0
     for part, (group, name) in enumerate(zip(groups, names, strict=True)):
@@ -235,9 +235,3 @@ def _as_it_was(
         groups[item.stored.source].append(item)
     kept = [(tuple(group), source) for group, source in zip(groups, manifest.sources, strict=True) if group]
     return [group for group, _ in kept], [source.name for _, source in kept], [source.metadata for _, source in kept]
-
-
-def _hf_names(count: int) -> list[str]:
-    if count == 1:
-        return ["model.safetensors"]
-    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]

@@ -116,7 +116,7 @@ def _check_whole(manifest: Manifest) -> None:
             record.digest,
         ):
             raise InputError(f"{printable(record.name)}: is no copy of '{printable(record.copy_of)}'")
-    if manifest.sources and any(record.source >= len(manifest.sources) for record in manifest.tensors):
+    if any(record.source >= len(manifest.sources) for record in manifest.tensors):
         raise InputError("a tensor names a source file that is not listed")
 
 

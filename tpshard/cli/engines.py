@@ -32,7 +32,8 @@ def engines(name: str | None, as_json: bool) -> None:
         if as_json:
             render.emit({"command": "engines", "engines": [_as_json(engine)]})
         elif isinstance(engine, Reader):
-            render.say(f"{engine.name}: {engine.title} (read only)\n{engine.files}\n{engine.description}")
+            how = f"written by --engine {' or '.join(engine.written_as)}" if engine.written_as else "read only"
+            render.say(f"{engine.name}: {engine.title} ({how})\n{engine.files}\n{engine.description}")
         else:
             render.say(engine_text(engine).rstrip("\n"))
         return
@@ -47,7 +48,8 @@ def engines(name: str | None, as_json: bool) -> None:
 
 def _row(engine: Engine | Reader) -> list[str]:
     if isinstance(engine, Reader):
-        return [engine.name, f"{engine.title} (read only)", engine.files, ""]
+        name = ", ".join(engine.written_as) or engine.name
+        return [name, engine.title + ("" if engine.written_as else " (read only)"), engine.files, ""]
     return [engine.name, engine.title, engine.files[0].text, str(len(engine.model_types))]
 
 
@@ -56,7 +58,7 @@ def _as_json(engine: Engine | Reader) -> dict[str, Any]:
         return {
             "name": engine.name,
             "title": engine.title,
-            "format": "read only",
+            "format": "pytorch" if engine.written_as else "read only",
             "files": [engine.files],
             "model_types": [],
         }

@@ -55,4 +55,5 @@ READER = Reader(
     open=open_chunks,
     whole=True,
     by_header=True,
+    written_as=("dcp", "dcp-hf"),
 )

@@ -25,7 +25,8 @@ class Reader:
     """``files``: what the weight files are called; ``open`` raises InputError, or PolicyError where the policy does
     not fit. ``whole``: whether the folder is a full checkpoint, which can be split; ``own_cuts``: whether ranks' parts
     are of sizes that only the engine's own code tells; ``by_header``: whether files are recognised by what is in them,
-    so that those of the same names that are not Hugging Face's are told apart."""
+    so that those of the same names that are not Hugging Face's are told apart; ``written_as``: what ``--engine`` takes
+    to write such folders."""
 
     name: str
     title: str
@@ -36,3 +37,4 @@ class Reader:
     whole: bool = False
     own_cuts: bool = False
     by_header: bool = False
+    written_as: tuple[str, ...] = ()

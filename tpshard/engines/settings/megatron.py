@@ -150,54 +150,70 @@ def _model_type(args: Mapping[str, Any]) -> str:
 
 def arguments_of(joined: Joined) -> dict[str, Any]:
     """What Megatron-LM's loader and its converters read of the arguments."""
-    config, mesh = joined.config, joined.mesh
+    return {**_sizes(joined), **_kind(joined), **_ranks(joined)}
 
-    def said(*keys: str, otherwise: Any = None) -> Any:
-        return next((config[key] for key in keys if config.get(key) is not None), otherwise)
 
-    heads, hidden = said("num_attention_heads", "n_head"), said("hidden_size", "n_embd")
-    groups = said("num_key_value_heads", otherwise=heads)
-    model_type = config.get("model_type")
-    plain = model_type in ("gpt2", "gpt_neox")
-    positions = said("max_position_embeddings", "n_positions", otherwise=0)
-    rope = said("rope_parameters", "rope_scaling", otherwise={})
-    epsilon = said("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", otherwise=1e-5)
-    vocabulary, multiple = said("vocab_size"), DIVISIBLE_BY * mesh.tp
+def _said(config: Mapping[str, Any], *keys: str, otherwise: Any = None) -> Any:
+    """Under the first of several keys that is there."""
+    return next((config[key] for key in keys if config.get(key) is not None), otherwise)
+
+
+def _sizes(joined: Joined) -> dict[str, Any]:
+    config, multiple = joined.config, DIVISIBLE_BY * joined.mesh.tp
+    heads, hidden = _said(config, "num_attention_heads", "n_head"), _said(config, "hidden_size", "n_embd")
+    groups, inner = _said(config, "num_key_value_heads", otherwise=heads), 4 * hidden
+    positions = _said(config, "max_position_embeddings", "n_positions", otherwise=0)
+    experts = config.get("num_local_experts")
     return {
-        "num_layers": said("num_hidden_layers", "n_layer"),
+        "num_layers": _said(config, "num_hidden_layers", "n_layer"),
         "hidden_size": hidden,
-        "ffn_hidden_size": said("intermediate_size", "n_inner", otherwise=4 * hidden),
+        "ffn_hidden_size": _said(config, "intermediate_size", "n_inner", otherwise=inner),
         "num_attention_heads": heads,
         "group_query_attention": groups != heads,
         "num_query_groups": groups,
-        "kv_channels": said("head_dim", otherwise=hidden // heads),
+        "kv_channels": _said(config, "head_dim", otherwise=hidden // heads),
         "seq_length": positions,
         "max_position_embeddings": positions,
-        "position_embedding_type": "learned_absolute" if model_type == "gpt2" else "rope",
-        "add_position_embedding": model_type == "gpt2",
-        "use_rotary_position_embeddings": model_type != "gpt2",
-        "rotary_base": int(said("rope_theta", otherwise=rope.get("rope_theta", 10000))),
-        "rotary_percent": float(said("rotary_pct", otherwise=rope.get("partial_rotary_factor", 1.0))),
+        "num_experts": experts,
+        "moe_router_topk": _said(config, "num_experts_per_tok", otherwise=2),
+        "moe_ffn_hidden_size": config.get("intermediate_size") if experts else None,
+        "make_vocab_size_divisible_by": DIVISIBLE_BY,
+        "padded_vocab_size": math.ceil(config["vocab_size"] / multiple) * multiple,
+        "vocab_size": config["vocab_size"],
+    }
+
+
+def _kind(joined: Joined) -> dict[str, Any]:
+    config, names = joined.config, [tensor.name for tensor in joined.logical]
+    learned = config.get("model_type") == "gpt2"
+    plain = learned or config.get("model_type") == "gpt_neox"
+    rope = _said(config, "rope_parameters", "rope_scaling", otherwise={})
+    epsilon = _said(config, "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", otherwise=1e-5)
+    tied = joined.family.tied
+    return {
+        "position_embedding_type": "learned_absolute" if learned else "rope",
+        "add_position_embedding": learned,
+        "use_rotary_position_embeddings": not learned,
+        "rotary_base": int(_said(config, "rope_theta", otherwise=rope.get("rope_theta", 10000))),
+        "rotary_percent": float(_said(config, "rotary_pct", otherwise=rope.get("partial_rotary_factor", 1.0))),
         "rotary_interleaved": False,
         "normalization": "LayerNorm" if plain else "RMSNorm",
         "norm_epsilon": epsilon,
         "layernorm_epsilon": epsilon,
         "swiglu": not plain,
         "squared_relu": False,
-        "openai_gelu": model_type == "gpt2",
+        "openai_gelu": False,
         "add_bias_linear": plain,
-        "add_qkv_bias": any(tensor.name.endswith("q_proj.bias") for tensor in joined.logical),
-        "qk_layernorm": any(tensor.name.endswith("q_norm.weight") for tensor in joined.logical),
-        "untie_embeddings_and_output_weights": bool(joined.family.tied)
-        and any(tensor.name == joined.family.tied.head for tensor in joined.logical if joined.family.tied),
-        "num_experts": said("num_local_experts"),
-        "moe_router_topk": said("num_experts_per_tok", otherwise=2),
-        "moe_ffn_hidden_size": said("intermediate_size") if said("num_local_experts") else None,
-        "make_vocab_size_divisible_by": DIVISIBLE_BY,
-        "padded_vocab_size": math.ceil(vocabulary / multiple) * multiple,
-        "vocab_size": vocabulary,
-        "tensor_model_parallel_size": mesh.tp,
-        "pipeline_model_parallel_size": mesh.pp,
+        "add_qkv_bias": any(name.endswith("q_proj.bias") for name in names),
+        "qk_layernorm": any(name.endswith("q_norm.weight") for name in names),
+        "untie_embeddings_and_output_weights": tied is not None and tied.head in names,
+    }
+
+
+def _ranks(joined: Joined) -> dict[str, Any]:
+    return {
+        "tensor_model_parallel_size": joined.mesh.tp,
+        "pipeline_model_parallel_size": joined.mesh.pp,
         "virtual_pipeline_model_parallel_size": None,
         "expert_model_parallel_size": 1,
         "sequence_parallel": False,
