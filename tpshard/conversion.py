@@ -18,7 +18,7 @@ from tpshard.layout import Layout
 from tpshard.library import policy_as_data
 from tpshard.manifest import CarriedRecord, Manifest, SourceFile, TensorRecord, manifest_bytes
 from tpshard.mesh import Mesh
-from tpshard.plan import Item, Plan, arrange, bytes_of_ranks
+from tpshard.plan import Item, Plain, Plan, arrange, bytes_of_ranks
 from tpshard.policy import Policy
 from tpshard.roles import Role
 from tpshard.staging import Staging, check_space, check_target
