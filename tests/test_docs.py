@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import docs_pages, sessions
+from tests import docs_pages, engine_table, sessions
+from tpshard.engines.shelf import engines
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,6 +33,8 @@ def test_generated_pages_are_fresh() -> None:
     page = docs_pages.quantised_page()
     assert (ROOT / "docs/quantised.md").read_text("utf-8") == page, "run: python -m tests.docs_pages"
     assert (ROOT / "docs/faults.md").read_text("utf-8") == docs_pages.faults_page(), "run: python -m tests.docs_pages"
+    assert (ROOT / "docs/engines.md").read_text("utf-8") == engine_table.page(), "run: python -m tests.engine_table"
+    assert all(engine.proof for engine in engines().values())
 
 
 def test_every_command_has_an_example() -> None:

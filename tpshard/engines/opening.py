@@ -218,7 +218,9 @@ class _Opening:
         if not are_equal(checkpoint, embedding, head):
             what = f"{tied.head} and {tied.embedding} differ, and config.json ties them"
             raise InputError(f"{self.folder}: {what}", hint="if both are wanted, set tie_word_embeddings to false")
-        return replace(checkpoint, tensors={n: t for n, t in checkpoint.tensors.items() if n != tied.head})
+        kept = {name: tensor for name, tensor in checkpoint.tensors.items() if name != tied.head}
+        warning = f"{tied.head} is the embedding again, and config.json ties them: left out"
+        return replace(checkpoint, tensors=kept, warnings=(*checkpoint.warnings, warning))
 
     def _whole(self, inferred: Inferred) -> Checkpoint:
         """The checkpoint that the folder was cut from, as far as names, dtypes and shapes go."""

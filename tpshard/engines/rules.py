@@ -82,6 +82,19 @@ def refuse_replicas(engine: Engine, assigned: Assigned, mesh: Mesh) -> None:
             raise PolicyError(what, hint=f"a --tp that divides the number of KV heads, not {mesh.tp}")
 
 
+def refuse_uneven(engine: Engine, assigned: Assigned) -> None:
+    """Raises PolicyError where ranks would hold parts of different sizes: engines know their own by dividing."""
+    known: dict[Layout, bool] = {}
+    for name, assignment in assigned.tensors.items():
+        layout = assignment.layout
+        if layout not in known:
+            known[layout] = len({shard.shape for shard in layout.shards if shard}) > 1
+        if known[layout]:
+            sizes = " and ".join(str(list(shape)) for shape in sorted({s.shape for s in layout.shards if s})[::-1])
+            what = f"{printable(name)}: {list(layout.shape)} would be {sizes}, {engine.title} has equal parts"
+            raise PolicyError(what, hint="another --tp; tpshard's own shards may be uneven")
+
+
 def _has_replicas(layout: Layout, mesh: Mesh) -> bool:
     return any(
         len({mesh.coordinates(rank).tp for rank in ranks}) > 1

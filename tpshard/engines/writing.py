@@ -17,7 +17,7 @@ from tpshard.engines.joints import LAYER, Joined, Joint, Logical, Part, join
 from tpshard.engines.names import Template
 from tpshard.engines.profile import Engine, Family
 from tpshard.engines.readers.of import READERS
-from tpshard.engines.rules import engine_policy, refuse_replicas
+from tpshard.engines.rules import engine_policy, refuse_replicas, refuse_uneven
 from tpshard.engines.settings.of import settings_of
 from tpshard.engines.shelf import engine_called, families_for
 from tpshard.errors import InputError, PolicyError, UsageError, printable
@@ -96,6 +96,7 @@ def plan_engine(
     sizes = {name: byte_count(tensor.dtype, tensor.shape) for name, tensor in kept.items()}
     assigned = assign_stored(own, checkpoint.config, shapes, sizes, grid, read_quantised(checkpoint))
     refuse_replicas(engine, assigned, grid.mesh)
+    refuse_uneven(engine, assigned)
     logical = [Logical(name, tensor.dtype, assigned.tensors[name].layout) for name, tensor in kept.items()]
     joined = join(engine, family, logical, grid.mesh, checkpoint.config)
     named = output_names(engine, grid.mesh)

@@ -75,6 +75,9 @@ def _config(data: Mapping[str, Any], path: Path, stages: Sequence[Sequence[Mappi
     agree(path, "num_hidden_layers", layers, found, "the layers' names")
     dense = shape_of(first, "transformer.layers.0.attention.dense.weight", 2, path.parent)[1]
     agree(path, "num_attention_heads", heads, dense * tp // size, "attention.dense")
+    rows = shape_of(first, "transformer.layers.0.attention.qkv.weight", 2, path.parent)[0]
+    held = max(key_heads, tp)  # where there are fewer heads than ranks, each rank has one
+    agree(path, "num_key_value_heads", held, (rows // size - heads // tp) // 2 * tp, "attention.qkv")
     scaling = data.get("rotary_scaling")
     if scaling is not None and not isinstance(scaling, dict):
         raise InputError(f"{path}: 'rotary_scaling' is {printable(repr(scaling), 40)}, not a table")
