@@ -33,7 +33,7 @@ class _Found:
 
 @dataclass(frozen=True, slots=True)
 class Inferred:
-    """Dtypes and whole shapes by logical name, in the order of the files; ``layers``: how many each stage has;
+    """Dtypes and whole shapes by logical name, in the order of names; ``layers``: how many each stage has;
     ``rows``: of a padded vocabulary on each rank; ``left``: the engine's tensors that are derived from the
     configuration, and so not kept."""
 
@@ -73,7 +73,7 @@ def infer(
                 if own.dtype != dtype:
                     raise InputError(f"{printable(name)}: is {dtype} on rank {rank}, {own.dtype} on another")
                 own.own[rank] = shape
-    tensors = {name: (own.dtype, _whole(name, own, policy, config, mesh)) for name, own in found.items()}
+    tensors = {name: (own.dtype, _whole(name, own, policy, config, mesh)) for name, own in sorted(found.items())}
     padded = {name: rule for name in found if (rule := policy.match(name)) is not None and rule.pad is not None}
     rows = {name: _rows(rule, found[name]) for name, rule in padded.items()}
     return Inferred(tensors, layers if mesh.pp > 1 else (), rows, tuple(left))

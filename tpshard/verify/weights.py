@@ -17,7 +17,8 @@ from tpshard.checkpoint import Checkpoint, Stored
 from tpshard.digest import Hasher, hasher_factory
 from tpshard.errors import InputError, printable
 from tpshard.execute import SLAB
-from tpshard.header import DTYPE_BITS
+from tpshard.folder import CONFIG
+from tpshard.header import DTYPE_BITS, parse_json_object
 from tpshard.layout import Layout
 from tpshard.plan import plan
 from tpshard.slabs import Bytes, Contact, Rooms, cut_into_slabs
@@ -88,9 +89,19 @@ def _carried_findings(shards: Checkpoint, source: Checkpoint) -> list[Finding]:
     findings = []
     for name in shards.carried:
         theirs, ours = source.folder / name, shards.folder / name
-        if theirs.is_file() and ours.is_file() and theirs.read_bytes() != ours.read_bytes():
+        if theirs.is_file() and ours.is_file() and not _alike(theirs.read_bytes(), ours.read_bytes(), name):
             findings.append(Finding("is not the source's", file=name))
     return findings
+
+
+def _alike(theirs: bytes, ours: bytes, name: str) -> bool:
+    """Equal; or, of configurations that went through an engine, of the same content."""
+    if theirs == ours or name != CONFIG:
+        return theirs == ours
+    try:
+        return parse_json_object(theirs, name) == parse_json_object(ours, name)
+    except InputError:
+        return False
 
 
 def comparable(shards: Checkpoint, source: Checkpoint, name: str) -> bool:

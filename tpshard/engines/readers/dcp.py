@@ -20,7 +20,9 @@ def open_chunks(asked: Asked) -> Checkpoint:
     found = open_dcp(asked.folder)
     nothing: tuple[None, ...] = (None,) * found.ranks
     role = Role("replicate", pattern="chunks")
-    records = [TensorRecord(t.name, t.dtype, t.layout, role, 0, 0, "", nothing) for t in found.tensors.values()]
+    records = [
+        TensorRecord(t.name, t.dtype, t.layout, role, 0, 0, "", nothing) for _, t in sorted(found.tensors.items())
+    ]
     config = dict(asked.config or found.config)
     policy = choose_policy(asked.policy, config) if config else None
     manifest = Manifest(

@@ -102,7 +102,7 @@ class Reading:
         nothing: tuple[None, ...] = (None,) * ranks
         records = {
             name: TensorRecord(name, t.dtype, t.layout, _role(name, t.layout, policy), 0, 0, "", nothing)
-            for name, t in held.items()
+            for name, t in sorted(held.items())
         }
         beside = {}
         if self.asked.config is not None:
@@ -113,7 +113,7 @@ class Reading:
             folder=self.folder,
             ranks=ranks,
             files=tuple(self.files),
-            tensors={n: Stored(n, t.dtype, t.layout, t.places, 0, records[n]) for n, t in held.items()},
+            tensors={n: Stored(n, t.dtype, t.layout, t.places, 0, records[n]) for n, t in sorted(held.items())},
             config=self.config,
             carried=tuple(name for name in carried_files(self.folder) if name not in apart and not is_own(name)),
             manifest=self._unrecorded(engine, Mesh(ranks), list(records.values()), policy),
