@@ -84,9 +84,12 @@ def store_in(folder: Path) -> Path | None:
 
 
 def deal(dcp: Dcp) -> tuple[list[Own], list[str]]:
-    """What each rank had when the store was written, and the names of what is left out. As many ranks as the tensor in
-    most parts has parts; what was whole is on all of them. Raises InputError where the parts are no ranks'."""
-    prefix = next((p for p in PREFIXES if p + EMBEDDING in dcp.tensors), "")
+    """What each rank had when the store was written, and the names of what is left out. As many ranks as the embedding
+    has parts, which is always cut; what is whole is on all of them. Raises InputError where the parts are no ranks'."""
+    prefix = next((p for p in PREFIXES if p + EMBEDDING in dcp.tensors), None)
+    if prefix is None:
+        raise InputError(f"{dcp.folder}: has no {EMBEDDING}", hint="is it a language model of Megatron's?")
+    ranks = len(dcp.tensors[prefix + EMBEDDING].parts)
     left = [name for name in dcp.objects if EXTRA not in name]
     singles: list[Single] = []
     for full, tensor in dcp.tensors.items():
@@ -94,7 +97,6 @@ def deal(dcp: Dcp) -> tuple[list[Own], list[str]]:
             left.append(full)
         else:
             singles += _singles(full.removeprefix(prefix), tensor, dcp.folder)
-    ranks = max((len(s.pieces) for s in singles if not _MAYBE_GATED.search(s.name)), default=1)
     dealt: list[Own] = [{} for _ in range(ranks)]
     for single in singles:
         for name, pieces in _of_ranks(single, ranks, dcp.folder).items():
@@ -148,6 +150,7 @@ def _of_ranks(single: Single, ranks: int, folder: Path) -> Mapping[str, Sequence
         gate, other = ordered[:ranks], ordered[ranks:]
         if [p.box.shape for p in gate] == [p.box.shape for p in other]:
             return {f"{name}_w": gate, f"{name}_v": other}
-    what = f"is in {len(pieces)} parts, other tensors in {ranks}"
-    raise InputError(f"{folder}: {printable(name)}: {what}", hint="experts cut for other ranks than the rest are not read")
-
+    what = f"is in {len(pieces)} parts, the embedding in {ranks}"
+    raise InputError(
+        f"{folder}: {printable(name)}: {what}", hint="experts cut for other ranks than the rest are not read"
+    )
