@@ -45,6 +45,7 @@ FLOORS: list[tuple[str, ...]] = [
         "dcp",
         "dcp_writing",
     ),
+    ("torch_dist",),
     ("outputs", "execute", "carrying", "copies", "conversion"),
     (
         "engines.__init__",
@@ -68,7 +69,8 @@ FLOORS: list[tuple[str, ...]] = [
     ("engines.settings.__init__", "engines.settings.kind", "engines.settings.rope", "engines.settings.reading"),
     ("engines.settings.meta", "engines.settings.trtllm", "engines.settings.deepseek"),
     ("engines.settings.megatron", "engines.settings.of"),
-    ("engines.files", "engines.finding", "engines.bytewise", "engines.opening", "engines.whole", "engines.writing"),
+    ("engines.files", "engines.finding", "engines.bytewise", "engines.dealt"),
+    ("engines.opening", "engines.whole", "engines.writing"),
     ("convert", "summary", "demo"),
     ("verify.report", "verify.slots", *FAMILIES, "verify.families.__init__"),
     ("verify.axes", "verify.differences", "verify.ties", "verify.siblings", "verify.layout", "verify.grid_layout"),

@@ -13,6 +13,7 @@ from tpshard.engines.readers.of import READERS, readers_for
 from tpshard.engines.shelf import engines
 from tpshard.errors import InputError, UsageError, printable
 from tpshard.mesh import Mesh
+from tpshard.torch_dist import store_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +42,17 @@ def recognised(folder: Path) -> Engine | Reader | None:
     theirs rather than a reader's: trainers write both. Raises UsageError where it is not clear."""
     if not folder.is_dir():
         return None
-    fitting: list[Engine | Reader] = [engine for engine in engines().values() if rank_files(folder, engine)]
+    fitting: list[Engine | Reader] = [engine for engine in engines().values() if _is_of(folder, engine)]
     whole = any(folder.glob("*.safetensors"))
     fitting += [reader for reader in readers_for(folder) if reader.by_header or not whole]
     if len(fitting) > 1:
         names = ", ".join(engine.name for engine in fitting)
         raise UsageError(f"{folder}: could be of several engines: {names}", hint="say which with --from")
     return fitting[0] if fitting else None
+
+
+def _is_of(folder: Path, engine: Engine) -> bool:
+    return bool(rank_files(folder, engine)) or (bool(engine.store) and store_in(folder) is not None)
 
 
 def rank_files(folder: Path, engine: Engine) -> list[RankFile]:

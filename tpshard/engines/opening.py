@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tpshard.checkpoint import Checkpoint, Place, Stored, WeightFile, open_checkpoint, open_shards, weight_file
+from tpshard.checkpoint import Checkpoint, Place, Stored, open_checkpoint, open_shards
 from tpshard.companions import assign_stored
 from tpshard.engines.bytewise import are_equal, is_widened
-from tpshard.engines.files import read_engine_file
-from tpshard.engines.finding import RankFile, mesh_of, rank_files, recognised, source_called
+from tpshard.engines.dealt import check_once, dealt
+from tpshard.engines.finding import recognised, source_called
 from tpshard.engines.inference import Inferred, infer
 from tpshard.engines.joints import Joined, Logical, join
 from tpshard.engines.profile import Engine, Family
@@ -99,27 +99,11 @@ class _Opening:
     def __init__(self, folder: Path, engine: Engine, config: Mapping[str, Any] | None) -> None:
         self.folder, self.engine = folder, engine
         self.settings = settings_of(engine)
-        self.found = rank_files(folder, engine)
-        self.mesh = mesh_of(folder, self.found, self.settings.mesh(folder))
-        self.files: list[WeightFile] = []
-        self.ranks: list[dict[str, tuple[int, Entry]]] = [{} for _ in range(self.mesh.ranks)]
-        self.objects: list[Mapping[Any, Any]] = [{} for _ in range(self.mesh.ranks)]
-        for index, file in enumerate(self.found):
-            self._read(index, file)
-        self.told = Told(folder, self.mesh, self.entries(), self.objects)
+        self.dealt = dealt(folder, engine, self.settings)
+        self.mesh, self.files, self.ranks = self.dealt.mesh, self.dealt.files, self.dealt.ranks
+        self.told = Told(folder, self.mesh, self.entries(), self.dealt.objects, self.dealt.store)
         self.beside: dict[str, bytes] = {}
         self.config = self._config(config)
-
-    def _read(self, index: int, file: RankFile) -> None:
-        header, objects = read_engine_file(self.folder / file.name, self.engine, self.settings.inert)
-        self.files.append(weight_file(self.folder, file.name, header))
-        rank = file.pp * self.mesh.tp + file.tp
-        self.objects[rank] = objects
-        own = self.ranks[rank]
-        for name, entry in header.entries.items():
-            if name in own:
-                raise InputError(f"{self.folder}: tensor {printable(name)} is in two files of one rank")
-            own[name] = index, entry
 
     def _config(self, given: Mapping[str, Any] | None) -> dict[str, Any]:
         """The model's config.json: as given, as it was kept, or made from what the engine says of itself."""
@@ -152,9 +136,12 @@ class _Opening:
         """Whose names the files have: the first that knows them all, or the first."""
         version = self.settings.version(self.told)
         fitting = [f for f in families_for(self.engine, self.config) if version in (f.versions or ("",))]
+        if self.engine.store:
+            fitting = [family for family in fitting if (family.variant == self.engine.store) == self.dealt.store]
         if not fitting:
+            kind = self.engine.store if self.dealt.store else version
             raise InputError(
-                f"{self.folder}: has files of {self.engine.title} {version}, and is read as {self.engine.name}",
+                f"{self.folder}: has files of {self.engine.title} {kind}, and is read as {self.engine.name}",
                 hint="leave out --from",
             )
         family = next((found for found in map(self._as_tied, fitting) if self._knows_all(found)), None)
@@ -198,6 +185,8 @@ class _Opening:
             for name, (dtype, _) in inferred.tensors.items()
         ]
         checkpoint = self._checkpoint(family, self._unrecorded(chosen, records), list(inferred.left))
+        if self.dealt.store:
+            check_once(checkpoint)
         return self._without_copy(checkpoint, family)
 
     def _was_widened(self, rank: int, name: str) -> bool:
@@ -234,7 +223,7 @@ class _Opening:
         """What a manifest would say, were there one; no digests."""
         files = tuple(
             FileRecord(file.name, file.pp * self.mesh.tp + file.tp, file.part, stored.size, "")
-            for file, stored in zip(self.found, self.files, strict=True)
+            for file, stored in zip(self.dealt.found, self.files, strict=True)
         )
         return Manifest(
             mesh=self.mesh,
@@ -265,7 +254,7 @@ class _Opening:
         joined = join(self.engine, family, logical, self.mesh, self.config)
         places = self._places(joined, set(left))
         carried = [record.name for record in manifest.carried] if manifest.recorded else self._carried()
-        apart = {*self.settings.own_files, KEPT_CONFIG, *self.beside}
+        apart = {*self.settings.own_files, *self.dealt.own, KEPT_CONFIG, *self.beside}
         return Checkpoint(
             folder=self.folder,
             ranks=self.mesh.ranks,
@@ -281,11 +270,14 @@ class _Opening:
             carried=tuple(name for name in carried if name not in apart),
             beside=self.beside,
             manifest=manifest,
-            warnings=tuple(f"{printable(name)} follows from the configuration: left out" for name in left),
+            warnings=(
+                *self.dealt.warnings,
+                *(f"{printable(name)} follows from the configuration: left out" for name in left),
+            ),
         )
 
     def _carried(self) -> list[str]:
-        weights = {file.name for file in self.found}
+        weights = {file.name for file in self.dealt.found}
         return [name for name in carried_files(self.folder) if name not in weights]
 
     def _places(self, joined: Joined, left: set[str]) -> list[list[Place | None]]:

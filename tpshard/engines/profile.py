@@ -153,7 +153,8 @@ class Engine:
     the same heads. ``inside``: the keys of a PyTorch file under which the tensors are. ``whole_experts``: the ranks
     are dealt whole experts. ``by_name``: a file's tensors are sorted by name, ``metadata``: and it has a format's
     mark, as the engine's own writer does it. ``variants``: sets of names, the first the one that is written unless
-    another is asked for, and whether each can be written. ``source``: the profile's own file;
+    another is asked for, and whether each can be written. ``store``: the
+    variant whose names a store of whole tensors has, where the engine keeps such. ``source``: the profile's own file;
     ``proof``: what it was held against.
     """
 
@@ -170,6 +171,7 @@ class Engine:
     by_name: bool = False
     metadata: bool = True
     variants: Mapping[str, bool] = field(default_factory=dict)
+    store: str = ""
     description: str = ""
     source: str = ""
     proof: str = ""

@@ -17,7 +17,7 @@ from tpshard.policy_parsing import parse_policy, values_of
 
 ENGINE_KEYS = (
     "engine", "title", "description", "format", "files", "inside", "layers", "stages", "replicas", "variants",
-    "experts", "order", "metadata", "families", "proof",
+    "store", "experts", "order", "metadata", "families", "proof",
 )  # fmt: skip
 FAMILY_KEYS = (
     "for", "without", "like", "rename", "variant", "versions", "same", "tensors", "leaves", "constants", "derived",
@@ -51,6 +51,7 @@ def parse_engine(document: Node) -> Engine:
         whole_experts="experts" in table and table["experts"].one_of(("whole", "cut")) == "whole",
         by_name="order" in table and table["order"].one_of(("names", "source")) == "names",
         variants=_variants(table["variants"]) if "variants" in table else {},
+        store=table["store"].one_of(tuple(table["variants"].mapping())) if "store" in table else "",
         metadata=table["metadata"].flag() if "metadata" in table else True,
         inside=tuple(node.text() for node in _list(table["inside"])) if "inside" in table else (),
     )

@@ -13,6 +13,7 @@ from tpshard.library import choose_policy, policy_as_data
 from tpshard.manifest import FileRecord, Manifest, TensorRecord
 from tpshard.mesh import Mesh
 from tpshard.roles import Role
+from tpshard.torch_dist import is_torch_dist
 
 
 def open_chunks(asked: Asked) -> Checkpoint:
@@ -53,7 +54,7 @@ READER = Reader(
     title="PyTorch distributed checkpoint",
     files=".metadata and __<rank>_<n>.distcp, or safetensors with DCP_SHARDING_INFO",
     description="FSDP, DTensor, torchtitan; docs/dcp.md says which part of a nested state dict is taken.",
-    recognises=is_dcp,
+    recognises=lambda folder: is_dcp(folder) and not is_torch_dist(folder),  # those are Megatron's
     open=open_chunks,
     whole=True,
     by_header=True,

@@ -15,12 +15,14 @@ from tpshard.mesh import Mesh
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """What an opened folder says: the headers of all ranks, and what the first file of each holds beside tensors."""
+    """What an opened folder says: the headers of all ranks, and what the first file of each holds beside tensors.
+    ``store``: whether it is one store, whose ranks may have been others."""
 
     folder: Path
     mesh: Mesh
     ranks: Sequence[Mapping[str, Entry]]
     objects: Sequence[Mapping[Any, Any]]
+    store: bool = False
 
 
 class Settings:
