@@ -46,11 +46,20 @@ Tensors = dict[str, torch.Tensor]
 _GROUPS = "_TP", "_ETP", "_EP"  # which split by tensors, engram tables and experts; the others keep one rank
 
 
-def accept_any_sizes() -> None:
-    """No kernel runs here, so the sizes of the test models need not suit the kernels of this processor."""
+def accept_any_kernel() -> None:
+    """No kernel runs here, so neither the sizes of the test models nor their numbers need suit those of this processor."""
+    from vllm.model_executor.kernels import linear
+    from vllm.model_executor.layers.fused_moe import modular_kernel
     from vllm.model_executor.layers.fused_moe.experts import cpu_moe
+    from vllm.platforms.interface import PlatformEnum
 
-    for found in vars(cpu_moe).values():
+    for name, kernels in vars(linear).items():
+        if name.startswith("_POSSIBLE_"):
+            kernels[PlatformEnum.CPU] = [*kernels.get(PlatformEnum.CPU, []), *kernels.get(PlatformEnum.CUDA, [])]
+            for kernel in kernels[PlatformEnum.CPU]:
+                kernel.is_supported = classmethod(lambda *_, **__: (True, None))
+                kernel.can_implement = classmethod(lambda *_, **__: (True, None))
+    for found in (*vars(cpu_moe).values(), modular_kernel.FusedMoEExperts):
         if isinstance(found, type) and "is_supported_config" in vars(found):
             found.is_supported_config = staticmethod(lambda *_: (True, None))
 
@@ -166,7 +175,7 @@ def dump(folder: Path, tp: int, out: Path) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> int:
-    accept_any_sizes()
+    accept_any_kernel()
     inspect_here()
     failed = 0
     for folder, tp, out in zip(arguments[::3], arguments[1::3], arguments[2::3], strict=True):
