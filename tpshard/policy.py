@@ -158,12 +158,18 @@ def channels(rule: Rule, policy: Policy, config: Mapping[str, Any], shape: Shape
 
 def units_of(rule: Rule, policy: Policy, config: Mapping[str, Any]) -> int | None:
     """How many units the rule deals, where it says so without a shape: heads. None where it counts cells."""
+    counts = units_of_parts(rule, policy, config)
+    return sum(counts) if counts else None
+
+
+def units_of_parts(rule: Rule, policy: Policy, config: Mapping[str, Any]) -> tuple[int, ...]:
+    """The same of each part that is dealt for itself; none where it counts cells."""
     compute = _calculator(rule, policy, config)
     if rule.heads is not None:
-        return compute("heads", rule.heads)
+        return (compute("heads", rule.heads),)
     if isinstance(rule.parts, tuple) and not isinstance(rule.parts[0], tuple):
-        return sum(compute("parts", count) for count in rule.parts if not isinstance(count, tuple))
-    return None
+        return tuple(compute("parts", count) for count in rule.parts if not isinstance(count, tuple))
+    return ()
 
 
 def rule_layout(

@@ -18,7 +18,7 @@ from tpshard.expressions import evaluate
 from tpshard.header import Entry
 from tpshard.layout import Shape
 from tpshard.mesh import Mesh
-from tpshard.policy import Policy, Rule, units_of
+from tpshard.policy import Policy, Rule, units_of, units_of_parts
 
 Entries = Mapping[str, Entry]
 
@@ -129,10 +129,9 @@ def _parts(
     if len(recipe.parts) == 1:
         return [(own[0], inner) for own in names]
     axis = len(inner) - 2 if recipe.order == "transposed" else 0
-    if recipe.shares:
-        shares = [evaluate(str(share), config) for share in recipe.shares]
-    else:
-        shares = [_share(policy.match(part), policy, config, tp) for part in names[0]] if names else []
+    widths = [evaluate(str(share), config) for share in recipe.shares] or [1] * len(recipe.parts)
+    shares = [_share(policy.match(part), policy, config, tp) for part in names[0]] if names else widths
+    shares = [share * width for share, width in zip(shares, widths, strict=True)]
     if inner[axis] % sum(shares):
         raise InputError(f"{printable(name)}: {inner[axis]} rows are not {'+'.join(map(str, shares))} equal shares")
     unit = inner[axis] // sum(shares)
@@ -161,10 +160,12 @@ def _whole(name: str, found: _Found, policy: Policy, config: Mapping[str, Any], 
     if rule.pad is not None:
         size = evaluate("vocab_size | text_config.vocab_size", config)
     else:
-        count = units_of(rule, policy, config)
+        counts = units_of_parts(rule, policy, config)
+        held = sum(max(count, mesh.tp) for count in counts)  # by all ranks: of fewer units each has one
         size = sum(shape[axis] for shape in own)
-        if count is not None and count < mesh.tp:
-            size = own[0][axis] * count
+        if held and size * sum(counts) % held:
+            raise InputError(f"{printable(name)}: {size} rows on all ranks are not those of {held} heads")
+        size = size * sum(counts) // held if held else size
     return (*own[0][:axis], size, *own[0][axis + 1 :])
 
 

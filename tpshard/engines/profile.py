@@ -27,8 +27,9 @@ class Recipe:
     by group (Megatron's grouped QKV); None: one group on each rank. ``order`` of each part's rows: ``rotary``, where
     the engine keeps the two halves of each of ``heads`` heads interleaved; ``transposed``, where its last two axes
     are exchanged; ``widened``, where the engine has BF16 as F32; ``axes``, with the lengths ``sizes``, for any other
-    order of a single part. Places that only the parts have are stacked along a first axis: experts. ``shares``: the
-    rows of each part, or numbers in their proportion, where neither the policy tells them nor are all parts alike.
+    order of a single part. Places that only the parts have are stacked along a first axis: experts. ``shares``: of
+    the parts that the joined rows tell apart, the rows of a unit in their proportion, where units differ: of a head,
+    where the policy deals heads, or of the whole part.
     """
 
     name: Template
