@@ -73,7 +73,9 @@ class Cut:
 
 
 def padded_vocab(true_size: int, divisible_by: int, tp: int) -> int:
-    """>>> padded_vocab(100, 128, 2), padded_vocab(257, 128, 2), padded_vocab(512, 128, 2)
+    """Rows of the vocabulary with padding.
+
+    >>> padded_vocab(100, 128, 2), padded_vocab(257, 128, 2), padded_vocab(512, 128, 2)
     (256, 512, 512)
     """
     multiple = divisible_by * tp
@@ -435,7 +437,9 @@ def arguments(config: dict[str, Any], cut: Cut) -> argparse.Namespace:
 
 
 def rank_folder(cut: Cut, t: int, p: int, e: int) -> str:
-    """>>> rank_folder(Cut(tp=2), 1, 0, 0), rank_folder(Cut(tp=2, pp=2), 1, 1, 0), rank_folder(Cut(pp=2, ep=2), 0, 1, 1)
+    """The name of one rank's folder.
+
+    >>> rank_folder(Cut(tp=2), 1, 0, 0), rank_folder(Cut(tp=2, pp=2), 1, 1, 0), rank_folder(Cut(pp=2, ep=2), 0, 1, 1)
     ('mp_rank_01', 'mp_rank_01_001', 'mp_rank_00_001_001')
     """
     name = f"mp_rank_{t:02d}"

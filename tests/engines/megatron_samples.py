@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron_oracle import Cut, Tensors, write_folder
+
+from tests.engines.megatron_oracle import Cut, Tensors, write_folder
+from tests.engines.megatron_truth import run_jobs
 
 TOKENS = [[3, 17, 42, 8, 99, 61, 5], [88, 2, 0, 71, 30, 12, 44]]
 
@@ -94,8 +97,6 @@ def runnable(cut: Cut) -> bool:
 
 
 def main(keep: Path | None) -> None:
-    from megatron_truth import run_jobs
-
     root = keep or Path(tempfile.mkdtemp())
     grids: dict[tuple[int, int, int], list[tuple[str, dict[str, Any], torch.Tensor]]] = {}
     for name in MODELS:
@@ -120,3 +121,7 @@ def main(keep: Path | None) -> None:
             )
     if keep is None:
         shutil.rmtree(root)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else None)

@@ -3,7 +3,7 @@
     logits = logits_of(folder, config, token_ids, tp=2)          # a Megatron folder, or rank*.safetensors
 
 Each rank is a process (tp * pp of them); the folder's names must be those of mcore's local spec. Run as a script to see
-the oracle proven for every family and cut, and to keep the samples: `python megatron_truth.py /tmp/truth/megatron`.
+the oracle proven for every family and cut, and to keep the samples: `python -m tests.engines.megatron_samples FOLDER`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import contextlib
 import multiprocessing
 import os
 import socket
-import sys
 import traceback
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,6 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 
@@ -42,7 +40,8 @@ def transformer_config(config: dict[str, Any], tp: int, pp: int, ep: int = 1, gr
     import torch.nn.functional as functional
     from megatron.core.transformer.enums import AttnBackend
     from megatron.core.transformer.transformer_config import TransformerConfig
-    from megatron_oracle import LLAMA_LIKE, Shape
+
+    from tests.engines.megatron_oracle import LLAMA_LIKE, Shape
 
     shape = Shape.of(config)
     llama = shape.kind in LLAMA_LIKE
@@ -94,7 +93,8 @@ def transformer_config(config: dict[str, Any], tp: int, pp: int, ep: int = 1, gr
 def build(config: dict[str, Any], tp: int, pp: int, padded: int, p: int = 0, ep: int = 1, grouped: bool = False) -> Any:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron_oracle import LLAMA_LIKE, Shape
+
+    from tests.engines.megatron_oracle import LLAMA_LIKE, Shape
 
     shape = Shape.of(config)
     settings = transformer_config(config, tp, pp, ep, grouped)
@@ -191,7 +191,7 @@ def rank_main(rank: int, jobs: list[dict[str, Any]], port: int, tp: int, pp: int
 
 
 def one_job(job: dict[str, Any], t: int, p: int, e: int, tp: int, pp: int, ep: int) -> dict[str, Any]:
-    from megatron_oracle import Shape
+    from tests.engines.megatron_oracle import Shape
 
     config = job["config"]
     state = read_rank(Path(job["folder"]), t, p, pp, e, ep) if job.get("folder") else None
@@ -279,9 +279,3 @@ def logits_of(
     job = {"folder": str(folder), "config": config, "tokens": token_ids}
     (answer,) = run_jobs([job], tp, pp, ep)
     return answer[0, pp - 1, 0]["logits"]
-
-
-if __name__ == "__main__":
-    from megatron_samples import main
-
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else None)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 pytest.importorskip("megatron.core")
 torch = pytest.importorskip("torch")
@@ -17,9 +14,9 @@ pytest.importorskip("transformers")
 @pytest.mark.slow
 @pytest.mark.parametrize("wrong", [False, True])
 def test_logits_tell_right_rows_from_wrong_ones(tmp_path: Path, wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    import megatron_oracle
-    from megatron_samples import TOKENS, twin
-    from megatron_truth import logits_of
+    from tests.engines import megatron_oracle
+    from tests.engines.megatron_samples import TOKENS, twin
+    from tests.engines.megatron_truth import logits_of
 
     hf, config, expected = twin("llama_few_groups", tmp_path / "hf")
     if wrong:  # [q; k; v] as wholes, as other engines have it
