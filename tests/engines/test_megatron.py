@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,10 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from megatron_oracle import Cut, write_folder  # noqa: E402
-from megatron_samples import TOKENS, twin  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
+from tests.engines.megatron_oracle import Cut, write_folder  # noqa: E402
+from tests.engines.megatron_samples import TOKENS, twin  # noqa: E402
 from tpshard.conversion import Options, run, without_manifest  # noqa: E402
 from tpshard.convert import plan_merge, plan_reshard, plan_split  # noqa: E402
 from tpshard.engines.opening import Source  # noqa: E402
@@ -146,7 +143,7 @@ def test_arguments_are_what_megatron_reads(models: Any, tmp_path: Path) -> None:
 def test_megatron_core_computes_the_reference_logits(models: Any, tmp_path: Path, name: str, tp: int, pp: int) -> None:
     """megatron-core's GPTModel, tensor parallel over gloo, loads our files strictly and agrees with transformers."""
     pytest.importorskip("megatron.core")
-    from megatron_truth import logits_of
+    from tests.engines.megatron_truth import logits_of
 
     folder, _, config, expected = models(name)
     run(plan_split(folder, tmp_path / "ours", Grid(Mesh(tp=tp, pp=pp)), engine="megatron:local"))
