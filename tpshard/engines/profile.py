@@ -27,9 +27,9 @@ class Recipe:
     by group (Megatron's grouped QKV); None: one group on each rank. ``order`` of each part's rows: ``rotary``, where
     the engine keeps the two halves of each of ``heads`` heads interleaved; ``transposed``, where its last two axes
     are exchanged; ``widened``, where the engine has BF16 as F32; ``axes``, with the lengths ``sizes``, for any other
-    order of a single part. Places that only the parts have are stacked along a first axis: experts. ``shares``: of
-    the parts that the joined rows tell apart, the rows of a unit in their proportion, where units differ: of a head,
-    where the policy deals heads, or of the whole part.
+    order of a single part. Places that only the parts have are stacked along a first axis: experts. ``shares``: how
+    many rows a unit of each part has in proportion to the others' (a head where the policy deals heads, else the whole
+    part); none where units are alike.
     """
 
     name: Template
