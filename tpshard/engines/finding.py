@@ -10,7 +10,7 @@ from tpshard.document import did_you_mean
 from tpshard.engines.profile import Engine
 from tpshard.engines.readers.kind import Reader
 from tpshard.engines.readers.of import READERS, readers_for
-from tpshard.engines.shelf import engines
+from tpshard.engines.shelf import engine_called, engines
 from tpshard.errors import InputError, UsageError, printable
 from tpshard.mesh import Mesh
 from tpshard.torch_dist import store_in
@@ -31,6 +31,8 @@ class RankFile:
 def source_called(name: str) -> Engine | Reader:
     """Whose folders can be read under a name. Raises UsageError where there is none."""
     known: dict[str, Engine | Reader] = {**engines(), **READERS}
+    if name.partition(":")[0] in engines():
+        return engine_called(name)
     if name not in known:
         hint = did_you_mean(name, known) or f"engines: {', '.join(known)}"
         raise UsageError(f"no engine is called '{printable(name, 40)}'", hint=hint)

@@ -64,20 +64,7 @@ def _config(data: Mapping[str, Any], path: Path, stages: Sequence[Sequence[Mappi
     if model_type is None:
         known = ", ".join(ARCHITECTURES)
         raise InputError(f"{path}: architecture {printable(str(data['architecture']), 40)} is not known ({known} are)")
-    hidden, layers, heads = (whole(data, key, path) for key in _SIZES)
-    words, first, tp = whole(data, "vocab_size", path), stages[0][0], len(stages[0])
-    key_heads = whole(data, "num_key_value_heads", path, heads)
-    size = whole(data, "head_size", path, max(1, hidden // heads))
-    rows, width = shape_of(first, EMBEDDING, 2, path.parent)
-    agree(path, "vocab_size", words, rows, EMBEDDING)
-    agree(path, "hidden_size", hidden, width, EMBEDDING)
-    found = sum(layers_in(stage, "transformer.layers.") for stage in stages)
-    agree(path, "num_hidden_layers", layers, found, "the layers' names")
-    dense = shape_of(first, "transformer.layers.0.attention.dense.weight", 2, path.parent)[1]
-    agree(path, "num_attention_heads", heads, dense * tp // size, "attention.dense")
-    rows = shape_of(first, "transformer.layers.0.attention.qkv.weight", 2, path.parent)[0]
-    held = max(key_heads, tp)  # where there are fewer heads than ranks, each rank has one
-    agree(path, "num_key_value_heads", held, (rows // size - heads // tp) // 2 * tp, "attention.qkv")
+    sizes = _sizes(data, path, stages)
     scaling = data.get("rotary_scaling")
     if scaling is not None and not isinstance(scaling, dict):
         raise InputError(f"{path}: 'rotary_scaling' is {printable(repr(scaling), 40)}, not a table")
@@ -85,13 +72,8 @@ def _config(data: Mapping[str, Any], path: Path, stages: Sequence[Sequence[Mappi
     out = {
         "architectures": [data["architecture"]],
         "model_type": model_type,
-        "hidden_size": hidden,
+        **sizes,
         "intermediate_size": whole(data, "intermediate_size", path),
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": key_heads,
-        "head_dim": size,
-        "vocab_size": words,
         "rms_norm_eps": real(data, "norm_epsilon", path, 1e-5),
         "hidden_act": "silu",
         "max_position_embeddings": whole(data, "max_position_embeddings", path),
@@ -100,7 +82,7 @@ def _config(data: Mapping[str, Any], path: Path, stages: Sequence[Sequence[Mappi
         **rope_keys(Rope(*rope)),
     }
     if model_type == "llama":
-        return out | {"attention_bias": "transformer.layers.0.attention.qkv.bias" in first}
+        return out | {"attention_bias": "transformer.layers.0.attention.qkv.bias" in stages[0][0]}
     moe: Any = data.get("moe")
     moe = moe if isinstance(moe, dict) else {}
     return out | {
@@ -109,11 +91,49 @@ def _config(data: Mapping[str, Any], path: Path, stages: Sequence[Sequence[Mappi
     }
 
 
+def _sizes(data: Mapping[str, Any], path: Path, stages: Sequence[Sequence[Mapping[str, Entry]]]) -> dict[str, int]:
+    """Held against the tensors. Raises InputError where the two say different things."""
+    first, tp = stages[0][0], len(stages[0])
+    hidden, layers, heads = (whole(data, key, path) for key in _SIZES)
+    key_heads = whole(data, "num_key_value_heads", path, heads)
+    size = whole(data, "head_size", path, max(1, hidden // heads))
+    words, width = shape_of(first, EMBEDDING, 2, path.parent)
+    agree(path, "vocab_size", whole(data, "vocab_size", path), words, EMBEDDING)
+    agree(path, "hidden_size", hidden, width, EMBEDDING)
+    found = sum(layers_in(stage, "transformer.layers.") for stage in stages)
+    agree(path, "num_hidden_layers", layers, found, "the layers' names")
+    dense = shape_of(first, "transformer.layers.0.attention.dense.weight", 2, path.parent)[1]
+    agree(path, "num_attention_heads", heads, dense * tp // size, "attention.dense")
+    rows = shape_of(first, "transformer.layers.0.attention.qkv.weight", 2, path.parent)[0]
+    held = max(key_heads, tp)  # where there are fewer heads than ranks, each rank has one
+    agree(path, "num_key_value_heads", held, (rows // size - heads // tp) // 2 * tp, "attention.qkv")
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_heads,
+        "head_dim": size,
+        "vocab_size": words,
+    }
+
+
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 
 
+def _mapping(mesh: Mesh) -> dict[str, int]:
+    return {
+        "world_size": mesh.ranks,
+        "gpus_per_node": 8,
+        "cp_size": 1,
+        "tp_size": mesh.tp,
+        "pp_size": mesh.pp,
+        "moe_tp_size": mesh.tp,
+        "moe_ep_size": 1,
+    }
+
+
 def _their_config(joined: Joined) -> dict[str, Any]:
-    config, mesh, path = joined.config, joined.mesh, Path(CONFIG)
+    config, path = joined.config, Path(CONFIG)
     hidden, layers, heads = (whole(config, key, path) for key in _SIZES)
     rope = rope_of(config)
     model_type = str(config.get("model_type"))
@@ -149,14 +169,6 @@ def _their_config(joined: Joined) -> dict[str, Any]:
         "use_parallel_embedding": False,
         "embedding_sharding_dim": 0,
         "moe": {**moe, "normalization_mode": RENORMALIZE} if moe else {"num_experts": 0, "top_k": 0},
-        "mapping": {
-            "world_size": mesh.ranks,
-            "gpus_per_node": 8,
-            "cp_size": 1,
-            "tp_size": mesh.tp,
-            "pp_size": mesh.pp,
-            "moe_tp_size": mesh.tp,
-            "moe_ep_size": 1,
-        },
+        "mapping": _mapping(joined.mesh),
         "quantization": {"quant_algo": None, "kv_cache_quant_algo": None},
     }
