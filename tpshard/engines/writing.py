@@ -89,6 +89,7 @@ def plan_engine(
     grid = _with_even_stages(engine, policy, checkpoint, grid) if engine.even_stages else grid
     left = {name: why for name in checkpoint.tensors if (why := reason_to_leave(family, name, checkpoint.config))}
     kept = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in left}
+    _refuse_both(engine, family, kept, checkpoint.config)
     copies = _copies(family, kept)
     kept |= {name: replace(kept[of], name=name) for name, of in copies.items()}
     shapes = {name: tensor.shape for name, tensor in kept.items()}
@@ -125,6 +126,17 @@ def plan_engine(
         engine=engine.name,
         copies=copies,
     )
+
+
+def _refuse_both(engine: Engine, family: Family, names: Collection[str], config: Mapping[str, Any]) -> None:
+    """Raises InputError where config.json ties the head, the checkpoint has one of its own, and the engine's loader
+    goes by config.json: it would take one tensor for both."""
+    tied = family.tied
+    if tied is None or tied.name is None or not config.get("tie_word_embeddings"):
+        return
+    if tied.head in names and tied.embedding in names:
+        what = f"config.json ties {tied.head} to {tied.embedding}, and the checkpoint has both"
+        raise InputError(f"{engine.title}: {what}", hint="set tie_word_embeddings: false, or remove the head")
 
 
 def written_family(engine: Engine, config: Mapping[str, Any]) -> Family:
