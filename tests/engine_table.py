@@ -107,6 +107,12 @@ Whose files SRC has is recognised by their names; where two engines name files a
 Meta's Llama 1 and 2 cut the embedding along its width, later versions along its words. Reading tells them apart by the
 shapes; writing asks: `--engine meta` is for Llama 3, `--engine meta:llama2` for the code of Llama 1, 2 and CodeLlama.
 
+A whole session, from Megatron-LM's folder of four ranks to vLLM's of two: [from Megatron-LM to
+vLLM](megatron-to-vllm.md). Megatron-Core's newer `torch_dist` folders are read like its older ones, and not written.
+
+For mixtures of experts vLLM pads each rank's part to a multiple of 128 on some GPUs, and then takes a smaller part for
+the first rows of a larger one: there, choose ranks that leave a multiple of 128.
+
 ## The manifest, and folders without one
 
 Beside an engine's files tpshard writes its manifest, `tpshard.json`, which no loader minds. With it every tensor's
@@ -157,7 +163,8 @@ def rows() -> Iterator[Row]:
     for engine in engines().values():
         yield Row(engine.name, engine.title, _files(engine), "yes", _written(engine), engine.proof)
     for reader in READERS.values():
-        yield Row(reader.name, reader.title, f"`{reader.files}`", "yes", "no", READ_ONLY[reader.name])
+        if not reader.written_as:  # else among the others
+            yield Row(reader.name, reader.title, f"`{reader.files}`", "yes", "no", READ_ONLY[reader.name])
     yield from OTHERS
 
 
