@@ -123,6 +123,7 @@ def test_verify_of_inference(hf: Path, whole: Tensors, tmp_path: Path, capsys: p
     words = ["verify", str(tmp_path / "ds"), "--config", str(hf), "--against", str(hf), "--level"]
     assert _run([*words, "weights"]) == 0
     assert _run([*words, "layout"]) == 4
+    assert _run([*words, "forward"]) == 0
 
 
 # ------------------------------------------------------------------------------------------- what is wrong
@@ -242,7 +243,7 @@ def test_parts_that_nothing_tells(
 
 
 def test_biases_of_zeros_go_with_their_weights(hf: Path, whole: Tensors, tmp_path: Path) -> None:
-    zeroed = {name: tensor * 0 if name.endswith(".bias") else tensor for name, tensor in whole.items()}
+    zeroed = {name: torch.zeros_like(t) if name.endswith(".bias") else t for name, t in whole.items()}
     deepspeed_folders.training(zeroed, 2, tmp_path / "ds", record=False)
     assert same(merged(tmp_path / "ds", tmp_path / "out", "--config", str(hf)), zeroed)
 
