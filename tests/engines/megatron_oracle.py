@@ -382,7 +382,7 @@ def arguments(config: dict[str, Any], cut: Cut) -> argparse.Namespace:
         seq_length=positions,
         max_position_embeddings=positions,
         position_embedding_type="learned_absolute" if shape.kind == "gpt2" else "rope",
-        add_position_embedding=shape.kind == "gpt2",
+        add_position_embedding=True,  # a default that training compares, whatever the positions are
         use_rotary_position_embeddings=shape.kind != "gpt2",
         rotary_base=int(theta),
         rotary_percent=config.get("rotary_pct")

@@ -69,7 +69,7 @@ def twin(name: str, folder: Path) -> tuple[Tensors, dict[str, Any], torch.Tensor
 
 
 def cuts_of(name: str) -> list[tuple[str, Cut]]:
-    """Samples to keep: folder name and cut. Only mcore-local, version 3, non virtual ones can be run."""
+    """Samples to keep: folder name and cut. Only megatron-core names, version 3, not virtual ones can be run."""
     wanted = [("tp1", Cut(1)), ("tp2", Cut(2)), ("tp4", Cut(4)), ("tp2pp2", Cut(2, 2)), ("tp1pp4", Cut(1, 4))]
     wanted = [(label, Cut(c.tp, c.pp, divisible_by=16)) for label, c in wanted]
     if name == "mixtral":
@@ -93,7 +93,7 @@ def cuts_of(name: str) -> list[tuple[str, Cut]]:
 
 
 def runnable(cut: Cut) -> bool:
-    return cut.names == "mcore-local" and cut.version == 3.0 and cut.virtual == 1 and cut.experts == "local"
+    return cut.names.startswith("mcore") and cut.version == 3.0 and cut.virtual == 1 and cut.experts != "grouped"
 
 
 def main(keep: Path | None) -> None:

@@ -2,8 +2,8 @@
 
     logits = logits_of(folder, config, token_ids, tp=2)          # a Megatron folder, or rank*.safetensors
 
-Each rank is a process (tp * pp of them); the folder's names must be those of mcore's local spec. Run as a script to see
-the oracle proven for every family and cut, and to keep the samples: `python -m tests.engines.megatron_samples FOLDER`.
+Each rank is a process (tp * pp * ep of them); names may be those of megatron-core's local or Transformer Engine layers.
+`python -m tests.engines.megatron_samples FOLDER` proves the oracle for every family and cut, and keeps the samples.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import re
 import socket
 import traceback
 from functools import partial
@@ -132,6 +133,17 @@ def save_legacy(model: Any, home: Path, args: Any) -> None:
     torch.save(record, home / "model_optim_rng.pt")
 
 
+def local_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Transformer Engine's names as the local layers', which are all that runs without a GPU; the tensors are the same."""
+    out = {}
+    for name, tensor in state.items():
+        name = name.replace(".self_attention.linear_qkv.layer_norm_", ".input_layernorm.")
+        name = name.replace(".mlp.linear_fc1.layer_norm_", ".pre_mlp_layernorm.")
+        name = re.sub(r"\.experts\.(linear_fc[12]\.weight)(\d+)$", r".experts.local_experts.\2.\1", name)
+        out[name] = tensor
+    return out
+
+
 def read_rank(folder: Path, t: int, p: int, pp: int, e: int = 0, ep: int = 1) -> dict[str, torch.Tensor]:
     tracker = folder / "latest_checkpointed_iteration.txt"
     if tracker.exists():
@@ -141,7 +153,7 @@ def read_rank(folder: Path, t: int, p: int, pp: int, e: int = 0, ep: int = 1) ->
             home / place_name(t, p, e, pp, ep) / "model_optim_rng.pt", map_location="cpu", weights_only=False
         )
         assert record["checkpoint_version"] == 3.0
-        return record["model"]
+        return local_names(record["model"])
     from safetensors.torch import load_file
 
     files = sorted(folder.glob("*.safetensors"))
