@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,11 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from megatron_oracle import Cut, arguments, rank_models  # noqa: E402
-from megatron_samples import twin  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from torch_dist_stores import Chunk, Chunks, chunks_of, write_store  # noqa: E402
 
+from tests.engines.megatron_oracle import Cut, arguments, rank_models  # noqa: E402
+from tests.engines.megatron_samples import twin  # noqa: E402
+from tests.engines.torch_dist_stores import Chunk, Chunks, chunks_of, write_store  # noqa: E402
 from tpshard.conversion import run  # noqa: E402
 from tpshard.convert import plan_merge, plan_reshard, plan_split  # noqa: E402
 from tpshard.dcp import is_dcp  # noqa: E402
