@@ -74,6 +74,14 @@ OTHERS = (
     ),
     Row("dcp-hf", "[the same in safetensors](dcp.md)", "`*.safetensors`", "yes", "yes", "the same"),
     Row(
+        "megatron",
+        "[Megatron-Core torch_dist](dcp.md#megatrons-torch_dist)",
+        "`.metadata`, `metadata.json`, in `iter_NNNNNNN` or by itself",
+        "yes",
+        "no",
+        "by hand, megatron-core 0.16's own stores; made ones in tests, bit for bit",
+    ),
+    Row(
         "",
         "[Keras](keras.md)",
         "`.keras`, `.weights.h5`, `.h5`",
