@@ -11,7 +11,6 @@ import gzip
 import json
 import os
 import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,9 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 from safetensors.torch import load_file, save_file  # noqa: E402
-from vllm_oracle import rank_of  # noqa: E402
 
+from tests.engines.vllm_oracle import rank_of  # noqa: E402
 from tests.tiny_models import build  # noqa: E402
 from tpshard.conversion import run, without_manifest  # noqa: E402
 from tpshard.convert import plan_merge, plan_reshard, plan_split  # noqa: E402
