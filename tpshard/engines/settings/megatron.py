@@ -195,7 +195,7 @@ def _kind(joined: Joined) -> dict[str, Any]:
     tied = joined.family.tied
     return {
         "position_embedding_type": "learned_absolute" if learned else "rope",
-        "add_position_embedding": learned,
+        "add_position_embedding": True,
         "use_rotary_position_embeddings": not learned,
         "rotary_base": int(_said(config, "rope_theta", otherwise=rope.get("rope_theta", 10000))),
         "rotary_percent": float(_said(config, "rotary_pct", otherwise=rope.get("partial_rotary_factor", 1.0))),
