@@ -119,6 +119,21 @@ def test_what_is_not_of_the_model_is_left_out(models: Any, tmp_path: Path) -> No
     assert same(tmp_path / "merged", hf)
 
 
+def test_chunks_of_several_layers(models: Any, tmp_path: Path) -> None:
+    _, hf, _ = models("llama")
+    found = chunks(models, "llama", 2)
+    name = "decoder.layers.self_attention.linear_proj.weight"
+    by_place = dict(found[name])
+    found[name] = [
+        Chunk((first, 0, column), torch.cat([by_place[first, 0, column], by_place[first + 1, 0, column]]))
+        for first in (0, 2)
+        for column in (0, 48)
+    ]
+    write_store(tmp_path / "run", found, args(models, "llama", 2))
+    run(plan_merge(tmp_path / "run", tmp_path / "merged"))
+    assert same(tmp_path / "merged", hf)
+
+
 def test_to_other_engines_and_ranks(models: Any, tmp_path: Path) -> None:
     folder, hf, _ = models("llama")
     write_store(tmp_path / "run", chunks(models, "llama", 2), args(models, "llama", 2))
