@@ -237,7 +237,7 @@ def _other_run(record: dict[str, Any]) -> None:
         (_version, "rank 0 says checkpoint_version 3.0, rank 2 2.0"),
         (_iteration, "rank 0 says iteration 1, rank 2 77"),
         (_extra, "decoder.layers.0.adapter.weight"),
-        (_less, "rank 2 lacks decoder.layers.3.mlp.linear_fc2.weight"),
+        (_less, "model.layers.3.mlp.down_proj.weight: rank 2 has nothing of it, rank 0 has a part"),
         (_shape, "decoder.layers.3.mlp.linear_fc2.weight"),
         (_other_run, "hold copies that differ"),
         (lambda record: record.update(model0=record.pop("model")), "virtual pipeline"),

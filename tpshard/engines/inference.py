@@ -73,10 +73,22 @@ def infer(
                 if own.dtype != dtype:
                     raise InputError(f"{printable(name)}: is {dtype} on rank {rank}, {own.dtype} on another")
                 own.own[rank] = shape
+    if not engine.whole_experts:
+        _check_on_all(found, mesh)
     tensors = {name: (own.dtype, _whole(name, own, policy, config, mesh)) for name, own in sorted(found.items())}
     padded = {name: rule for name in found if (rule := policy.match(name)) is not None and rule.pad is not None}
     rows = {name: _rows(rule, found[name]) for name, rule in padded.items()}
     return Inferred(tensors, layers if mesh.pp > 1 else (), rows, tuple(left))
+
+
+def _check_on_all(found: Mapping[str, _Found], mesh: Mesh) -> None:
+    """Raises InputError where a rank of a stage lacks what another has."""
+    for name, own in found.items():
+        stages = {mesh.coordinates(rank).pp for rank in own.own}
+        lacking = [r for r in range(mesh.ranks) if mesh.coordinates(r).pp in stages and r not in own.own]
+        if lacking:
+            what = f"rank {lacking[0]} has nothing of it, rank {min(own.own)} has a part"
+            raise InputError(f"{printable(name)}: {what}", hint="is the folder complete?")
 
 
 def _rows(rule: Rule, found: _Found) -> int:

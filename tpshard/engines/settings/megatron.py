@@ -14,6 +14,7 @@ from tpshard.pickle_machine import Call, Global
 
 TRACKER = "latest_checkpointed_iteration.txt"
 NAMESPACE = Global("argparse", "Namespace")
+TORCH_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 VERSION = 3.0  # rows by query group, since Megatron-LM 3.0
 DIVISIBLE_BY = 128  # Megatron-LM's own default: the vocabulary is padded to a multiple of it on each rank
 VERSIONS = {0: "0", 1.0: "1", 2.0: "", 3.0: ""}  # from 2.0 on one order
@@ -205,6 +206,10 @@ def _kind(joined: Joined) -> dict[str, Any]:
         "layernorm_epsilon": epsilon,
         "swiglu": not plain,
         "squared_relu": False,
+        "bias_gelu_fusion": False,
+        "apply_query_key_layer_scaling": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
         "openai_gelu": False,
         "add_bias_linear": plain,
         "add_qkv_bias": any(name.endswith("q_proj.bias") for name in names),
@@ -214,12 +219,17 @@ def _kind(joined: Joined) -> dict[str, Any]:
 
 
 def _ranks(joined: Joined) -> dict[str, Any]:
+    dtype = joined.logical[0].dtype
     return {
         "tensor_model_parallel_size": joined.mesh.tp,
         "pipeline_model_parallel_size": joined.mesh.pp,
         "virtual_pipeline_model_parallel_size": None,
         "expert_model_parallel_size": 1,
         "sequence_parallel": False,
+        "params_dtype": Global("torch", TORCH_DTYPES.get(dtype, "float32")),
+        "fp16": dtype == "F16",
+        "bf16": dtype == "BF16",
+        "tokenizer_type": "NullTokenizer",
         "iteration": 0,
         "consumed_train_samples": 0,
         "consumed_valid_samples": 0,
