@@ -131,6 +131,7 @@ def done_json(command: str, conversion: Conversion, done: Done | None, summary: 
         "target": str(conversion.target),
         "ranks": conversion.plan.ranks,
         "policy": conversion.policy.name if conversion.policy else None,
+        "engine": conversion.engine or ("native" if conversion.policy else None),
         "plan": summary.as_json(),
         "written": written,
         "warnings": list(conversion.warnings),
