@@ -19,8 +19,11 @@ from os import PathLike
 from pathlib import Path
 
 from tpshard import conversion, convert
-from tpshard.checkpoint import Checkpoint, open_checkpoint
+from tpshard.checkpoint import Checkpoint
 from tpshard.conversion import DEFAULT_DIGEST, Done, Options
+from tpshard.engines.opening import NATIVE, Source, open_any
+from tpshard.errors import UsageError
+from tpshard.folder import config_of
 from tpshard.mesh import Grid, Mesh
 from tpshard.verify.report import Report
 from tpshard.verify.request import Level, Request
@@ -42,6 +45,10 @@ def split(
     stages: tuple[int, ...] = (),
     policy: str = "auto",
     base: Folder | None = None,
+    engine: str = NATIVE,
+    source_engine: str | None = None,
+    config: Folder | None = None,
+    manifest: bool = True,
     max_shard_size: int | None = None,
     digest: str = DEFAULT_DIGEST,
     workers: int = 0,
@@ -51,6 +58,9 @@ def split(
 
     ``expert_parallel``: whole experts go to the tensor-parallel ranks, too; ``stages``: layers of each stage.
 
+    ``engine``: whose files are written; ``manifest``: whether one is written beside them; ``source_engine``: whose
+    files the source has, where that is not clear; ``config``: its config.json, where it has none.
+
     ``policy``: ``auto``, a built-in name or a YAML file; ``base``: the model of a LoRA adapter, its folder or its
     config.json. ``max_shard_size`` in bytes; ``progress`` is called with the bytes just read. Raises TpshardError;
     the target is then as it was before.
@@ -58,23 +68,31 @@ def split(
     options = Options(max_shard_size, digest, workers, progress)
     grid = Grid(Mesh(tp=tp, ep=ep, pp=pp), expert_parallel, stages)
     if base is not None:
+        if engine != NATIVE:
+            raise UsageError("an adapter is cut for tpshard's own shards only", hint="leave out engine or base")
         adapter, model = Path(source), Path(base)
         planned = convert.plan_adapter_split(adapter, Path(target), grid, model, policy, options, names_on_disk)
         return conversion.run(planned, options)
-    return conversion.run(convert.plan_split(Path(source), Path(target), grid, policy, options), options)
+    given = _source(source, source_engine, config)
+    planned = convert.plan_split(given, Path(target), grid, policy, options, engine)
+    return conversion.run(planned if manifest else conversion.without_manifest(planned), options)
 
 
 def merge(
     source: Folder,
     target: Folder,
     *,
+    source_engine: str | None = None,
+    config: Folder | None = None,
     max_shard_size: int | None = None,
     workers: int = 0,
     progress: Progress = lambda count: None,
 ) -> Done:
-    """Rebuild the full checkpoint from a shard folder; every tensor must have its recorded digest."""
+    """Rebuild the full checkpoint from a folder of ranks, tpshard's or an engine's (as in ``split``); every tensor must
+    have its recorded digest."""
     options = Options(max_shard_size=max_shard_size, workers=workers, progress=progress)
-    return conversion.run(convert.plan_merge(Path(source), Path(target), options), options)
+    given = _source(source, source_engine, config)
+    return conversion.run(convert.plan_merge(given, Path(target), options), options)
 
 
 def reshard(
@@ -87,14 +105,21 @@ def reshard(
     expert_parallel: bool = False,
     stages: tuple[int, ...] = (),
     policy: str | None = None,
+    engine: str = NATIVE,
+    source_engine: str | None = None,
+    config: Folder | None = None,
+    manifest: bool = True,
     max_shard_size: int | None = None,
     workers: int = 0,
     progress: Progress = lambda count: None,
 ) -> Done:
-    """Recut a shard folder for other ranks (as in ``split``), by the policy it was cut with unless another is given."""
+    """Recut a folder of ranks for other ranks, or another engine (as in ``split``), by the policy it was cut with
+    unless another is given."""
     options = Options(max_shard_size=max_shard_size, workers=workers, progress=progress)
     grid = Grid(Mesh(tp=tp, ep=ep, pp=pp), expert_parallel, stages)
-    return conversion.run(convert.plan_reshard(Path(source), Path(target), grid, policy, options), options)
+    given = _source(source, source_engine, config)
+    planned = convert.plan_reshard(given, Path(target), grid, policy, options, engine)
+    return conversion.run(planned if manifest else conversion.without_manifest(planned), options)
 
 
 def verify(
@@ -102,6 +127,8 @@ def verify(
     *,
     against: Folder | None = None,
     base: Folder | None = None,
+    engine: str | None = None,
+    config: Folder | None = None,
     level: Level | None = None,
     model: str | None = None,
     isolate: bool = False,
@@ -113,14 +140,22 @@ def verify(
 
     ``level``: the deepest check, all that can be run by default; ``model``: ``package.module:function``; ``isolate``:
     every faulty layer, not only the first; ``device``: where the model runs, ``cpu`` or ``cuda``; ``base``: of an
-    adapter, its model.
+    adapter, its model. ``engine``: whose folder it is, where that is not clear; ``config``: its config.json, where it
+    has none.
     """
     source = Path(against) if against is not None else None
     of_adapter = Path(base) if base is not None else None
-    request = Request(Path(folder), source, level, model, workers, progress, isolate, device, base=of_adapter)
+    request = Request(
+        Path(folder), source, level, model, workers, progress, isolate, device, base=of_adapter, engine=engine,
+        config=Path(config) if config is not None else None,
+    )  # fmt: skip
     return run_checks(request)
 
 
-def inspect(folder: Folder) -> Checkpoint:
-    """A checkpoint or shard folder with its headers read: names, shapes, dtypes, layouts and places."""
-    return open_checkpoint(Path(folder))
+def inspect(folder: Folder, *, engine: str | None = None, config: Folder | None = None) -> Checkpoint:
+    """A checkpoint of any kind with its headers read: names, shapes, dtypes, layouts and places."""
+    return open_any(Path(folder), engine, config_of(Path(config)) if config is not None else None)
+
+
+def _source(folder: Folder, engine: str | None, config: Folder | None) -> Source:
+    return Source(Path(folder), engine, config_of(Path(config)) if config is not None else None)
