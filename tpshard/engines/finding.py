@@ -44,7 +44,9 @@ def recognised(folder: Path) -> Engine | Reader | None:
     theirs rather than a reader's: trainers write both. Raises UsageError where it is not clear."""
     if not folder.is_dir():
         return None
-    fitting: list[Engine | Reader] = [engine for engine in engines().values() if _is_of(folder, engine)]
+    fitting: list[Engine | Reader] = [
+        engine for engine in engines().values() if engine.recognised and _is_of(folder, engine)
+    ]
     whole = any(folder.glob("*.safetensors"))
     fitting += [reader for reader in readers_for(folder) if reader.by_header or not whole]
     if len(fitting) > 1:

@@ -155,7 +155,8 @@ class Engine:
     are dealt whole experts. ``by_name``: a file's tensors are sorted by name, ``metadata``: and it has a format's
     mark, as the engine's own writer does it. ``variants``: sets of names, the first the one that is written unless
     another is asked for, and whether each can be written. ``store``: the
-    variant whose names a store of whole tensors has, where the engine keeps such. ``source``: the profile's own file;
+    variant whose names a store of whole tensors has, where the engine keeps such. ``recognised``: False where
+    another engine names its files alike, and a folder is taken for that one's. ``source``: the profile's own file;
     ``proof``: what it was held against.
     """
 
@@ -171,6 +172,7 @@ class Engine:
     whole_experts: bool = False
     by_name: bool = False
     metadata: bool = True
+    recognised: bool = True
     variants: Mapping[str, bool] = field(default_factory=dict)
     store: str = ""
     description: str = ""

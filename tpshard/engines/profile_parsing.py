@@ -17,7 +17,7 @@ from tpshard.policy_parsing import parse_policy, values_of
 
 ENGINE_KEYS = (
     "engine", "title", "description", "format", "files", "inside", "layers", "stages", "replicas", "variants",
-    "store", "experts", "order", "metadata", "families", "proof",
+    "store", "experts", "order", "metadata", "recognised", "families", "proof",
 )  # fmt: skip
 FAMILY_KEYS = (
     "for", "without", "like", "rename", "variant", "versions", "same", "tensors", "leaves", "constants", "derived",
@@ -53,6 +53,7 @@ def parse_engine(document: Node) -> Engine:
         variants=_variants(table["variants"]) if "variants" in table else {},
         store=table["store"].one_of(tuple(table["variants"].mapping())) if "store" in table else "",
         metadata=table["metadata"].flag() if "metadata" in table else True,
+        recognised=table["recognised"].flag() if "recognised" in table else True,
         inside=tuple(node.text() for node in _list(table["inside"])) if "inside" in table else (),
     )
 
