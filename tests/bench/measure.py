@@ -64,7 +64,7 @@ def _watch(process: subprocess.Popen[str], peak: dict[str, int]) -> None:
 def warm(folder: Path) -> None:
     """Read a folder once, so that its files lie in the page cache."""
     buffer = bytearray(2**22)
-    for path in sorted(folder.iterdir()):
+    for path in sorted(filter(Path.is_file, folder.rglob("*"))):
         with path.open("rb", buffering=0) as file:
             while file.readinto(buffer):
                 pass

@@ -16,6 +16,9 @@ from tpshard.mesh import Mesh
 from tpshard.torch_dist import store_in
 
 
+_HUGGING_FACE = ("model.safetensors", "model.safetensors.index.json")
+
+
 @dataclass(frozen=True, slots=True)
 class RankFile:
     """A weight file found in a folder; ``tp``: its rank in its stage ``pp``, or among all where files are numbered so;
@@ -41,12 +44,11 @@ def source_called(name: str) -> Engine | Reader:
 
 def recognised(folder: Path) -> Engine | Reader | None:
     """Whose files a folder has; None where there are none. A folder that has Hugging Face's weights, too, is taken for
-    theirs rather than a reader's: trainers write both. Raises UsageError where it is not clear."""
-    if not folder.is_dir():
-        return None
-    fitting: list[Engine | Reader] = [
-        engine for engine in engines().values() if engine.recognised and _is_of(folder, engine)
-    ]
+    theirs: trainers write both. Raises UsageError where it is not clear."""
+    if not folder.is_dir() or any((folder / name).is_file() for name in _HUGGING_FACE):
+        return None  # the usual case, for which no profile need be read
+    known = [engine for engine in engines().values() if engine.recognised]
+    fitting: list[Engine | Reader] = [engine for engine in known if _is_of(folder, engine)]
     whole = any(folder.glob("*.safetensors"))
     fitting += [reader for reader in readers_for(folder) if reader.by_header or not whole]
     if len(fitting) > 1:
