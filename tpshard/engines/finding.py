@@ -15,7 +15,6 @@ from tpshard.errors import InputError, UsageError, printable
 from tpshard.mesh import Mesh
 from tpshard.torch_dist import store_in
 
-
 _HUGGING_FACE = ("model.safetensors", "model.safetensors.index.json")
 
 
