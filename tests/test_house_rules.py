@@ -56,7 +56,13 @@ FLOORS: list[tuple[str, ...]] = [
         "engines.shelf",
     ),
     ("engines.joints", "engines.rules", "engines.inference"),
-    ("engines.readers.__init__", "engines.readers.kind", "engines.readers.pieces", "engines.readers.reading"),
+    (
+        "engines.unrecorded",
+        "engines.readers.__init__",
+        "engines.readers.kind",
+        "engines.readers.pieces",
+        "engines.readers.reading",
+    ),
     ("engines.readers.samples", "engines.readers.cuts", "engines.readers.rows"),
     (
         "engines.readers.deepspeed_steps",

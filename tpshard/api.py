@@ -23,7 +23,6 @@ from tpshard.checkpoint import Checkpoint
 from tpshard.conversion import DEFAULT_DIGEST, Done, Options
 from tpshard.engines.opening import NATIVE, Source, open_any
 from tpshard.errors import UsageError
-from tpshard.folder import config_of
 from tpshard.mesh import Grid, Mesh
 from tpshard.verify.report import Report
 from tpshard.verify.request import Level, Request
@@ -154,8 +153,8 @@ def verify(
 
 def inspect(folder: Folder, *, engine: str | None = None, config: Folder | None = None) -> Checkpoint:
     """A checkpoint of any kind with its headers read: names, shapes, dtypes, layouts and places."""
-    return open_any(Path(folder), engine, config_of(Path(config)) if config is not None else None)
+    return open_any(_source(folder, engine, config))
 
 
 def _source(folder: Folder, engine: str | None, config: Folder | None) -> Source:
-    return Source(Path(folder), engine, config_of(Path(config)) if config is not None else None)
+    return Source.given(Path(folder), engine, Path(config) if config is not None else None)

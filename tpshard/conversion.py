@@ -89,9 +89,9 @@ def run(conversion: Conversion, options: Options = Options()) -> Done:
     check_target(target, plan.source.place)
     check_space(target, conversion.disk_needed)
     begin = time.monotonic()
-    if plan.source.manifest is not None and not plan.source.manifest.recorded:
-        require_equal_copies(plan.source)
     origin = plan.source.manifest
+    if origin is not None and not origin.recorded:
+        require_equal_copies(plan.source)
     algorithm = origin.algorithm if origin and origin.recorded else options.digest
     with Staging(target) as staging:
         written = execute(plan, staging, algorithm, options.threads, options.progress)

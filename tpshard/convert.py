@@ -135,17 +135,18 @@ def _to_ranks(
         return _to_chunks(checkpoint, target, grid, policy, engine)
     if engine != NATIVE:
         return plan_engine(checkpoint, target, grid, policy, options, engine)
+    return _as_assigned(checkpoint, target, grid.mesh, policy, options, _assigned(checkpoint, policy, grid))
+
+
+def _assigned(checkpoint: Checkpoint, policy: Policy, grid: Grid) -> Assigned:
     sizes = {name: byte_count(tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()}
     quantised = read_quantised(checkpoint)
-    assigned = assign_stored(policy, checkpoint.config, checkpoint.shapes, sizes, grid, quantised)
-    return _as_assigned(checkpoint, target, grid.mesh, policy, options, assigned)
+    return assign_stored(policy, checkpoint.config, checkpoint.shapes, sizes, grid, quantised)
 
 
 def _to_chunks(checkpoint: Checkpoint, target: Path, grid: Grid, policy: Policy, engine: str) -> Conversion:
     """A store of chunks, which any ranks can load: it says itself what is where, and has no manifest."""
-    sizes = {name: byte_count(tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()}
-    quantised = read_quantised(checkpoint)
-    assigned = assign_stored(policy, checkpoint.config, checkpoint.shapes, sizes, grid, quantised)
+    assigned = _assigned(checkpoint, policy, grid)
     layouts = {name: assignment.layout for name, assignment in assigned.tensors.items()}
     plan = CHUNKED[engine](checkpoint, layouts, grid.mesh.ranks)
     assert isinstance(plan.arrangement, InDistcp | InSafetensors)

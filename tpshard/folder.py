@@ -6,6 +6,7 @@ of links to ``../../blobs``.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -75,6 +76,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The folder's config.json; empty where there is none."""
     path = folder / CONFIG
     return read_json(path) if path.exists() or path.is_symlink() else {}
+
+
+def config_bytes(config: Mapping[str, Any]) -> bytes:
+    """A config.json that was made rather than found."""
+    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
 
 
 def config_of(path: Path) -> dict[str, Any]:

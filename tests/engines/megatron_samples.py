@@ -6,9 +6,12 @@ import json
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from tests.engines.megatron_oracle import Cut, Tensors, write_folder
@@ -66,6 +69,17 @@ def twin(name: str, folder: Path) -> tuple[Tensors, dict[str, Any], torch.Tensor
         logits = model(torch.tensor(TOKENS)).logits
     model.save_pretrained(folder)
     return load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text()), logits
+
+
+def twins(scratch: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Tensors, dict[str, Any], torch.Tensor]]:
+    """A model's folder, tensors, config and logits, made when first asked for."""
+
+    @cache
+    def made(name: str) -> tuple[Path, Tensors, dict[str, Any], torch.Tensor]:
+        folder = scratch.mktemp(name) / "hf"
+        return folder, *twin(name, folder)
+
+    return made
 
 
 def cuts_of(name: str) -> list[tuple[str, Cut]]:

@@ -19,7 +19,8 @@ pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from tests.engines.megatron_oracle import Cut, write_folder  # noqa: E402
-from tests.engines.megatron_samples import TOKENS, twin  # noqa: E402
+from tests.engines.megatron_samples import TOKENS, twins  # noqa: E402
+from tests.engines.moves import whole  # noqa: E402
 from tpshard.conversion import Options, run, without_manifest  # noqa: E402
 from tpshard.convert import plan_merge, plan_reshard, plan_split  # noqa: E402
 from tpshard.engines.opening import Source  # noqa: E402
@@ -35,15 +36,7 @@ FILE = "model_optim_rng.pt"
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A model's folder, tensors, config and logits, made when first asked for."""
-    made: dict[str, Any] = {}
-
-    def model(name: str) -> Any:
-        if name not in made:
-            folder = tmp_path_factory.mktemp(name) / "hf"
-            made[name] = folder, *twin(name, folder)
-        return made[name]
-
-    return model
+    return twins(tmp_path_factory)
 
 
 def ranks_of(folder: Path) -> dict[str, dict[str, Any]]:
@@ -63,7 +56,7 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 def merged(source: Path | Source, target: Path) -> dict[str, Any]:
     run(plan_merge(source, target))
-    return {name: tensor for path in target.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    return whole(target)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 from safetensors.torch import load_file  # noqa: E402
 
 from tests.engines.megatron_oracle import Cut, arguments, rank_models  # noqa: E402
-from tests.engines.megatron_samples import twin  # noqa: E402
+from tests.engines.megatron_samples import twins  # noqa: E402
 from tests.engines.torch_dist_stores import Chunk, Chunks, chunks_of, write_store  # noqa: E402
 from tpshard.conversion import run  # noqa: E402
 from tpshard.convert import plan_merge, plan_reshard, plan_split  # noqa: E402
@@ -33,15 +33,8 @@ FC1 = "decoder.layers.mlp.linear_fc1.weight"
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A model's folder, tensors and config, made when first asked for."""
-    made: dict[str, Any] = {}
-
-    def model(name: str) -> Any:
-        if name not in made:
-            folder = tmp_path_factory.mktemp(name) / "hf"
-            made[name] = (folder, *twin(name, folder)[:2])
-        return made[name]
-
-    return model
+    model = twins(tmp_path_factory)
+    return lambda name: model(name)[:3]
 
 
 def chunks(models: Any, name: str, tp: int, stacked: bool = True, folded: bool = True) -> Chunks:

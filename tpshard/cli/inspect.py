@@ -9,9 +9,8 @@ import click
 
 from tpshard.checkpoint import Checkpoint, Stored
 from tpshard.cli import options, render
-from tpshard.engines.opening import open_any
+from tpshard.engines.opening import Source, open_any
 from tpshard.errors import UsageError, printable
-from tpshard.folder import config_of
 from tpshard.header import byte_count
 from tpshard.layout import Layout, Shard
 from tpshard.manifest import Manifest, layout_as_data
@@ -35,7 +34,7 @@ def inspect(folder: Path, pattern: str | None, engine: str | None, config: Path 
     tpshard inspect llama-8b-tp4 --filter 'self_attn.{q_proj,k_proj}'
     tpshard inspect llama-8b-tp4 --filter 'layers.0.**' --json
     """
-    checkpoint = open_any(folder, engine, config_of(config) if config else None)
+    checkpoint = open_any(Source.given(folder, engine, config))
     render.warn(checkpoint.warnings)
     chosen = _chosen(checkpoint, pattern)
     if as_json:

@@ -11,7 +11,6 @@ from tpshard.cli.carry_out import Manner, carry_out
 from tpshard.conversion import Options
 from tpshard.convert import plan_merge
 from tpshard.engines.opening import Source
-from tpshard.folder import config_of
 
 
 @click.command()
@@ -40,5 +39,5 @@ def merge(
     tpshard merge llama-8b-tp4 llama-8b-again --max-shard-size 5GB
     """
     chosen = Options(max_shard_size=max_shard_size, workers=workers or 0)
-    ranks = Source(source, source_engine, config_of(config) if config else None)
+    ranks = Source.given(source, source_engine, config)
     carry_out("merge", plan_merge(ranks, target, chosen), chosen, Manner(quiet, as_json, dry_run=dry_run))

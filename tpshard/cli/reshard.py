@@ -11,7 +11,6 @@ from tpshard.cli.carry_out import Manner, carry_out
 from tpshard.conversion import Options, without_manifest
 from tpshard.convert import plan_reshard
 from tpshard.engines.opening import NATIVE, Source
-from tpshard.folder import config_of
 from tpshard.mesh import Grid
 
 
@@ -50,7 +49,7 @@ def reshard(
     tpshard reshard megatron-tp4 llama-8b-vllm --tp 2 --to vllm
     """
     chosen = Options(max_shard_size=max_shard_size, workers=workers or 0)
-    ranks = Source(source, source_engine, config_of(config) if config else None)
+    ranks = Source.given(source, source_engine, config)
     conversion = plan_reshard(ranks, target, grid, policy, chosen, engine)
     conversion = without_manifest(conversion) if no_manifest else conversion
     carry_out("reshard", conversion, chosen, Manner(quiet, as_json, strict, dry_run))

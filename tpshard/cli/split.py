@@ -12,7 +12,6 @@ from tpshard.conversion import Options, without_manifest
 from tpshard.convert import plan_adapter_split, plan_split
 from tpshard.engines.opening import NATIVE, Source
 from tpshard.errors import UsageError
-from tpshard.folder import config_of
 from tpshard.mesh import Grid
 from tpshard.verify.run import names_on_disk
 
@@ -58,7 +57,7 @@ def split(
     """
     chosen = Options(max_shard_size=max_shard_size, digest=digest, workers=workers or 0)
     if base is None:
-        given = Source(source, source_engine, config_of(config) if config else None)
+        given = Source.given(source, source_engine, config)
         conversion = plan_split(given, target, grid, policy, chosen, engine)
     elif engine != NATIVE:
         raise UsageError("an adapter is cut for tpshard's own shards only", hint="leave out --engine or --base")

@@ -11,7 +11,7 @@ from tpshard.checkpoint import Checkpoint, Place, WeightFile, weight_file
 from tpshard.dcp import read_dcp
 from tpshard.dcp_metadata import METADATA_NAME
 from tpshard.engines.files import read_engine_file
-from tpshard.engines.finding import RankFile, mesh_of, rank_files
+from tpshard.engines.finding import RankFile, file_names, mesh_of, rank_files
 from tpshard.engines.profile import Engine
 from tpshard.engines.settings.kind import Settings
 from tpshard.errors import InputError, printable
@@ -41,7 +41,7 @@ class Dealt:
 
 def dealt(folder: Path, engine: Engine, settings: Settings) -> Dealt:
     """Raises InputError, StorageError."""
-    found = rank_files(folder, engine)
+    found = rank_files(file_names(folder), engine)
     store = store_in(folder) if engine.store and folder.is_dir() else None
     if store is None:
         return _of_files(folder, engine, settings, found)

@@ -46,25 +46,28 @@ def recognised(folder: Path) -> Engine | Reader | None:
     theirs: trainers write both. Raises UsageError where it is not clear."""
     if not folder.is_dir() or any((folder / name).is_file() for name in _HUGGING_FACE):
         return None  # the usual case, for which no profile need be read
+    names = file_names(folder)
     known = [engine for engine in engines().values() if engine.recognised]
-    fitting: list[Engine | Reader] = [engine for engine in known if _is_of(folder, engine)]
+    fitting: list[Engine | Reader] = [
+        engine for engine in known if rank_files(names, engine) or (engine.store and store_in(folder) is not None)
+    ]
     whole = any(folder.glob("*.safetensors"))
     fitting += [reader for reader in readers_for(folder) if reader.by_header or not whole]
     if len(fitting) > 1:
-        names = ", ".join(engine.name for engine in fitting)
-        raise UsageError(f"{folder}: could be of several engines: {names}", hint="say which with --from")
+        shown = ", ".join(engine.name for engine in fitting)
+        raise UsageError(f"{folder}: could be of several engines: {shown}", hint="say which with --from")
     return fitting[0] if fitting else None
 
 
-def _is_of(folder: Path, engine: Engine) -> bool:
-    return bool(rank_files(folder, engine)) or (bool(engine.store) and store_in(folder) is not None)
+def file_names(folder: Path) -> list[str]:
+    """All paths in a folder, relative to it."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
 
 
-def rank_files(folder: Path, engine: Engine) -> list[RankFile]:
-    """The files with an engine's names, sorted by rank and part."""
+def rank_files(names: Sequence[str], engine: Engine) -> list[RankFile]:
+    """Those of an engine's names, sorted by rank and part."""
     found = []
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
+    for name in names:
         for template in engine.files:
             values = template.read(name)
             if values is not None:

@@ -71,11 +71,10 @@ class Joined:
         """The engine's tensors on one rank, and where the logical ones lie in each. Constants come last."""
         chosen = self.joints if joints is None else joints
         for joint in chosen:
-            found = self._on_rank(joint, rank)
+            found = self.on_rank(joint, rank)
             if found is not None:
                 yield found
-        for joint in chosen:
-            yield from ((tensor, ()) for tensor in self._constants(joint, rank))
+        yield from ((tensor, ()) for tensor in self.constants(chosen, rank))
 
     def name_of(self, template: Template, values: Values, rank: int) -> str:
         """As the engine calls it on this rank."""
@@ -84,7 +83,8 @@ class Joined:
             values = {**values, LAYER: str(int(values[LAYER]) - first)}
         return template.fill(values)
 
-    def _on_rank(self, joint: Joint, rank: int) -> tuple[Tensor, tuple[Part, ...]] | None:
+    def on_rank(self, joint: Joint, rank: int) -> tuple[Tensor, tuple[Part, ...]] | None:
+        """One of the engine's tensors; None where the rank has nothing of it."""
         shapes: list[tuple[Shape, ...]] = []
         members: list[int] = []
         for entry in joint.members:
@@ -141,13 +141,14 @@ class Joined:
             raise InputError(f"{printable(first.name)}: {rows} rows are not {heads} heads of an even size")
         return rows // heads
 
-    def _constants(self, joint: Joint, rank: int) -> Iterator[Tensor]:
-        """Those that stand beside one of the joint's tensors."""
-        own = [self.logical[index] for index in joint.members[0]]
-        for constant in self.family.constants:
-            if any(t.layout.shards[rank] is not None and constant.beside.read(t.name) is not None for t in own):
-                name = self.name_of(constant.name, joint.values, rank)
-                yield Tensor(name, constant.dtype, (), constant_bytes(constant))
+    def constants(self, joints: Iterable[Joint], rank: int) -> Iterator[Tensor]:
+        """Those that stand beside one of the joints' tensors."""
+        for joint in joints if self.family.constants else ():
+            own = [self.logical[index] for index in joint.members[0]]
+            for constant in self.family.constants:
+                if any(t.layout.shards[rank] is not None and constant.beside.read(t.name) is not None for t in own):
+                    name = self.name_of(constant.name, joint.values, rank)
+                    yield Tensor(name, constant.dtype, (), constant_bytes(constant))
 
 
 def constant_bytes(constant: Constant) -> bytes:

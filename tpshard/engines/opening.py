@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,16 +20,26 @@ from tpshard.engines.rules import engine_policy
 from tpshard.engines.settings.kind import Told
 from tpshard.engines.settings.of import settings_of
 from tpshard.engines.shelf import engine_called, families_for
+from tpshard.engines.unrecorded import unrecorded, unrecorded_tensor
 from tpshard.errors import InputError, UsageError, printable
-from tpshard.folder import CONFIG, KEPT_CONFIG, MANIFEST_NAME, carried_files, read_bytes, read_config, read_json
+from tpshard.folder import (
+    CONFIG,
+    KEPT_CONFIG,
+    MANIFEST_NAME,
+    carried_files,
+    config_bytes,
+    config_of,
+    read_bytes,
+    read_config,
+    read_json,
+)
 from tpshard.frames import Tensor
 from tpshard.header import Entry, byte_count
 from tpshard.layout import Layout
-from tpshard.library import choose_policy, policy_as_data
-from tpshard.manifest import FileRecord, Manifest, TensorRecord
+from tpshard.library import choose_policy
+from tpshard.manifest import FileRecord, Manifest
 from tpshard.manifest_parsing import read_manifest
 from tpshard.mesh import Grid
-from tpshard.policy import Policy
 from tpshard.quantised import read_quantised
 
 NATIVE = "native"  # tpshard's own shards
@@ -47,6 +56,11 @@ class Source:
     folder: Path
     engine: str | None = None
     config: Mapping[str, Any] | None = None
+
+    @classmethod
+    def given(cls, folder: Path, engine: str | None, config: Path | None) -> Source:
+        """``config``: a config.json, or a folder that has one."""
+        return cls(folder, engine, config_of(config) if config else None)
 
     def open(self, policy: str = "auto") -> Checkpoint:
         return open_ranks(self.folder, self.engine, self.config, policy)
@@ -87,10 +101,9 @@ def open_ranks(
     return _Opening(folder, found, config).without_manifest(policy)
 
 
-def open_any(folder: Path, engine: str | None = None, config: Mapping[str, Any] | None = None) -> Checkpoint:
+def open_any(source: Source) -> Checkpoint:
     """A checkpoint folder of any kind."""
-    source = Source(folder, engine, config)
-    return open_checkpoint(folder) if source.is_native else source.open()
+    return open_checkpoint(source.folder) if source.is_native else source.open()
 
 
 class _Opening:
@@ -126,7 +139,7 @@ class _Opening:
             if config or not told:
                 return config
             config = told
-        self.beside[CONFIG] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+        self.beside[CONFIG] = config_bytes(config)
         return config
 
     def entries(self) -> list[dict[str, Entry]]:
@@ -172,19 +185,15 @@ class _Opening:
         grid = Grid(self.mesh, self.engine.whole_experts, inferred.layers)
         assigned = assign_stored(own, self.config, shapes, sizes, grid, read_quantised(self._whole(inferred)))
         records = [
-            TensorRecord(
-                name,
-                dtype,
-                assigned.tensors[name].layout,
-                assigned.tensors[name].role,
-                0,
-                0,
-                "",
-                (None,) * self.mesh.ranks,
-            )
+            unrecorded_tensor(name, dtype, assigned.tensors[name].layout, assigned.tensors[name].role)
             for name, (dtype, _) in inferred.tensors.items()
         ]
-        checkpoint = self._checkpoint(family, self._unrecorded(chosen, records), list(inferred.left))
+        files = [
+            FileRecord(file.name, file.pp * self.mesh.tp + file.tp, file.part, stored.size, "")
+            for file, stored in zip(self.dealt.found, self.files, strict=True)
+        ]
+        manifest = unrecorded(self.engine.name, self.mesh, chosen, records, files)
+        checkpoint = self._checkpoint(family, manifest, list(inferred.left))
         if self.dealt.store:
             check_once(checkpoint)
         return self._without_copy(checkpoint, family)
@@ -218,25 +227,6 @@ class _Opening:
             for name, (dtype, shape) in inferred.tensors.items()
         }
         return Checkpoint(self.folder, 1, tuple(self.files), tensors, self.config, ())
-
-    def _unrecorded(self, policy: Policy, records: Sequence[TensorRecord]) -> Manifest:
-        """What a manifest would say, were there one; no digests."""
-        files = tuple(
-            FileRecord(file.name, file.pp * self.mesh.tp + file.tp, file.part, stored.size, "")
-            for file, stored in zip(self.dealt.found, self.files, strict=True)
-        )
-        return Manifest(
-            mesh=self.mesh,
-            algorithm="xxh3-128",
-            policy=policy.name,
-            policy_documents=policy_as_data(policy),
-            sources=(),
-            tensors=tuple(records),
-            files=files,
-            carried=(),
-            engine=self.engine.name,
-            recorded=False,
-        )
 
     def with_manifest(self, manifest: Manifest) -> Checkpoint:
         if manifest.mesh != self.mesh:

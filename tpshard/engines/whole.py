@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 from tpshard.checkpoint import Checkpoint, open_full
@@ -10,7 +9,7 @@ from tpshard.engines.finding import recognised, source_called
 from tpshard.engines.opening import Source
 from tpshard.engines.readers.kind import Asked, Reader
 from tpshard.errors import UsageError
-from tpshard.folder import CONFIG
+from tpshard.folder import CONFIG, config_bytes
 
 
 def open_whole(source: Source, policy: str = "auto") -> Checkpoint:
@@ -24,6 +23,6 @@ def open_whole(source: Source, policy: str = "auto") -> Checkpoint:
     checkpoint = open_full(source.folder)
     if source.config is None:
         return checkpoint
-    beside = {CONFIG: json.dumps(source.config, indent=2, sort_keys=True).encode() + b"\n"}
+    beside = {CONFIG: config_bytes(source.config)}
     carried = tuple(name for name in checkpoint.carried if name != CONFIG)
     return replace(checkpoint, config=source.config, beside=beside, carried=carried)

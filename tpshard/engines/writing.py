@@ -53,17 +53,15 @@ class EngineArrangement:
 
     def targets(self, plan: Plan, outputs: Sequence[Output], frames: Sequence[Frame]) -> Iterator[Targets]:
         joints = self.parts[outputs[0].part]
-        starts = [iter(frame.starts) for frame in frames]
-        for output, own in zip(outputs, starts, strict=True):
-            for _ in (t for t in self._tensors(output) if t.constant is not None):
-                next(own)
+        constants = [len(list(self.joined.constants(joints, output.rank))) for output in outputs]
+        starts = [iter(frame.starts[first:]) for frame, first in zip(frames, constants, strict=True)]
         for joint in joints:
             begins: dict[int, list[int]] = {index: [0] * len(outputs) for index in joint.logical}
             views: dict[int, list[View | None]] = {index: [None] * len(outputs) for index in joint.logical}
             for rank in range(len(outputs)):
-                for _, parts in self.joined.of_rank(rank, (joint,)):
-                    if parts:
-                        _place(parts, next(starts[rank]), rank, begins, views)
+                found = self.joined.on_rank(joint, rank)
+                if found is not None:
+                    _place(found[1], next(starts[rank]), rank, begins, views)
             for index in joint.logical:
                 yield Targets(tuple(begins[index]), tuple(views[index]) if any(views[index]) else None)
 

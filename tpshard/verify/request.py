@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Literal
 
 from tpshard.engines.opening import Source
-from tpshard.folder import config_of
 from tpshard.launch import Launch
 
 Level = Literal["files", "weights", "layout", "forward", "backward"]
@@ -41,7 +40,7 @@ class Request:
     @property
     def ranks(self) -> Source:
         """The folder of ranks' files."""
-        return Source(self.folder, self.engine, config_of(self.config) if self.config else None)
+        return Source.given(self.folder, self.engine, self.config)
 
     @property
     def backward(self) -> bool | None:

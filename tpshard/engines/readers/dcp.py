@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 from tpshard.checkpoint import Checkpoint
 from tpshard.dcp import is_dcp, open_dcp
 from tpshard.engines.readers.kind import Asked, Reader
-from tpshard.folder import CONFIG
-from tpshard.library import choose_policy, policy_as_data
-from tpshard.manifest import FileRecord, Manifest, TensorRecord
+from tpshard.engines.unrecorded import unrecorded, unrecorded_tensor
+from tpshard.folder import CONFIG, config_bytes
+from tpshard.library import choose_policy
+from tpshard.manifest import FileRecord
 from tpshard.mesh import Mesh
 from tpshard.roles import Role
 from tpshard.torch_dist import is_torch_dist
@@ -19,26 +19,14 @@ from tpshard.torch_dist import is_torch_dist
 def open_chunks(asked: Asked) -> Checkpoint:
     """Every chunk as a rank's part: of no rank that computes, so there are no roles."""
     found = open_dcp(asked.folder)
-    nothing: tuple[None, ...] = (None,) * found.ranks
     role = Role("replicate", pattern="chunks")
-    records = [
-        TensorRecord(t.name, t.dtype, t.layout, role, 0, 0, "", nothing) for _, t in sorted(found.tensors.items())
-    ]
+    tensors = sorted(found.tensors.values(), key=lambda tensor: tensor.name)
+    records = [unrecorded_tensor(t.name, t.dtype, t.layout, role) for t in tensors]
+    files = [FileRecord(file.name, 0, part, file.size, "") for part, file in enumerate(found.files)]
     config = dict(asked.config or found.config)
     policy = choose_policy(asked.policy, config) if config else None
-    manifest = Manifest(
-        mesh=Mesh(found.ranks),
-        algorithm="xxh3-128",
-        policy=policy.name if policy else "",
-        policy_documents=policy_as_data(policy) if policy else (),
-        sources=(),
-        tensors=tuple(records),
-        files=tuple(FileRecord(file.name, 0, part, file.size, "") for part, file in enumerate(found.files)),
-        carried=(),
-        engine=READER.name,
-        recorded=False,
-    )
-    beside = {CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()} if asked.config else {}
+    manifest = unrecorded(READER.name, Mesh(found.ranks), policy, records, files)
+    beside = {CONFIG: config_bytes(config)} if asked.config else {}
     return replace(
         found,
         config=config,

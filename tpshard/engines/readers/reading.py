@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from tpshard.checkpoint import Checkpoint, Place, Stored, WeightFile, weight_file
 from tpshard.engines.readers.kind import Asked
+from tpshard.engines.unrecorded import unrecorded, unrecorded_tensor
 from tpshard.errors import InputError, PolicyError, printable
-from tpshard.folder import CONFIG, carried_files, read_config
+from tpshard.folder import CONFIG, carried_files, config_bytes, read_config
 from tpshard.header import Entry, Header, check_names, read_header
 from tpshard.layout import Layout
-from tpshard.library import choose_policy, policy_as_data
-from tpshard.manifest import FileRecord, Manifest, TensorRecord
+from tpshard.library import choose_policy
+from tpshard.manifest import FileRecord
 from tpshard.mesh import Mesh
 from tpshard.pickle_machine import Global
 from tpshard.policy import Policy, Rule
@@ -99,14 +99,13 @@ class Reading:
         """``is_own``: whether a file, by its path in the folder, is the engine's and does not go along."""
         if not held:
             raise InputError(f"{self.folder}: holds no tensors")
-        nothing: tuple[None, ...] = (None,) * ranks
         records = {
-            name: TensorRecord(name, t.dtype, t.layout, _role(name, t.layout, policy), 0, 0, "", nothing)
-            for name, t in sorted(held.items())
+            n: unrecorded_tensor(n, t.dtype, t.layout, _role(n, t.layout, policy)) for n, t in sorted(held.items())
         }
+        listed = [FileRecord(f.name, rank, 0, f.size, "") for f, rank in zip(self.files, self.ranks, strict=True)]
         beside = {}
         if self.asked.config is not None:
-            beside[CONFIG] = (json.dumps(self.config, indent=2, sort_keys=True) + "\n").encode()
+            beside[CONFIG] = config_bytes(self.config)
         weights = {file.name for file in self.files}
         apart = {*weights, *beside}
         return Checkpoint(
@@ -116,27 +115,9 @@ class Reading:
             tensors={n: Stored(n, t.dtype, t.layout, t.places, 0, records[n]) for n, t in sorted(held.items())},
             config=self.config,
             carried=tuple(name for name in carried_files(self.folder) if name not in apart and not is_own(name)),
-            manifest=self._unrecorded(engine, Mesh(ranks), list(records.values()), policy),
+            manifest=unrecorded(engine, Mesh(ranks), policy, records.values(), listed),
             warnings=tuple(self.warnings),
             beside=beside,
-        )
-
-    def _unrecorded(self, engine: str, mesh: Mesh, records: Sequence[TensorRecord], policy: Policy | None) -> Manifest:
-        """What a manifest would say, were there one; no digests."""
-        files = tuple(
-            FileRecord(file.name, rank, 0, file.size, "") for file, rank in zip(self.files, self.ranks, strict=True)
-        )
-        return Manifest(
-            mesh=mesh,
-            algorithm="xxh3-128",
-            policy=policy.name if policy else "",
-            policy_documents=policy_as_data(policy) if policy else (),
-            sources=(),
-            tensors=tuple(records),
-            files=files,
-            carried=(),
-            engine=engine,
-            recorded=False,
         )
 
 
