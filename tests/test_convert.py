@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -11,9 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import blake3
 import numpy as np
 import pytest
 import safetensors.numpy
+import xxhash
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -34,8 +37,13 @@ from tests.build import (
 )
 from tpshard.conversion import Options, run
 from tpshard.convert import plan_merge, plan_reshard, plan_split
+from tpshard.demo import make_checkpoint
+from tpshard.engines.opening import NATIVE
 from tpshard.errors import InputError, PolicyError, StorageError, TpshardError, UsageError
+from tpshard.execute import execute
 from tpshard.layout import Shard, Span
+from tpshard.share import Share, Written
+from tpshard.staging import Staging
 
 KV_AND_RANKS = [(3, 1), (3, 3), (3, 6), (2, 2), (2, 6), (1, 2), (1, 3), (1, 6)]
 
@@ -131,24 +139,81 @@ def test_nothing_depends_on_where_or_when(source: Path, policy: str, tmp_path: P
 
 @pytest.mark.parametrize("algorithm", ["xxh3-128", "blake3", "sha256"])
 def test_the_manifest_has_the_digests(source: Path, policy: str, tmp_path: Path, algorithm: str) -> None:
-    if algorithm == "blake3":
-        pytest.importorskip("blake3")
     split(source, tmp_path / "s", 3, policy, digest=algorithm)
     manifest = json.loads((tmp_path / "s" / "tpshard.json").read_text())
-    assert manifest["digest"] == algorithm
-    if algorithm == "sha256":
-        for record in (*manifest["files"], *manifest["carried"]):
-            content = (tmp_path / "s" / record["name"]).read_bytes()
-            assert (record["size"], record["digest"]) == (len(content), hashlib.sha256(content).hexdigest())
-        whole = load(source / "model.safetensors")
-        own = [load(tmp_path / "s" / record["name"]) for record in manifest["files"]]
-        for record in manifest["tensors"]:
-            name = record["name"]
-            assert record["digest"] == hashlib.sha256(whole[name].data).hexdigest()
-            for rank, digest in enumerate(record.get("shards", [])):
-                if digest is not None:
-                    assert digest == hashlib.sha256(own[rank][name].data).hexdigest()
+    assert manifest["digest"] == {"xxh3-128": "xxh3-128-tree"}.get(algorithm, algorithm)
+    new_hasher = {"xxh3-128": xxhash.xxh3_128, "sha256": hashlib.sha256, "blake3": blake3.blake3}[algorithm]
+    for record in manifest["carried"]:
+        content = (tmp_path / "s" / record["name"]).read_bytes()
+        assert (record["size"], record["digest"]) == (len(content), new_hasher(content).hexdigest())
+    whole = load(source / "model.safetensors")
+    own = [load(tmp_path / "s" / record["name"]) for record in manifest["files"]]
+    for record, tensors in zip(manifest["files"], own, strict=True):
+        content = (tmp_path / "s" / record["name"]).read_bytes()
+        if algorithm == "xxh3-128":
+            data_start = 8 + int.from_bytes(content[:8], "little")
+            said = json.loads(content[8:data_start])
+            names = sorted(tensors, key=lambda name: said[name]["data_offsets"])
+            parts = [content[:data_start], *(tensors[name].data for name in names)]
+            content = b"".join(xxhash.xxh3_128(part).digest() for part in parts)
+        assert record["digest"] == new_hasher(content).hexdigest()
+    for record in manifest["tensors"]:
+        name = record["name"]
+        assert record["digest"] == xxhash.xxh3_128(whole[name].data).hexdigest()
+        for rank, digest in enumerate(record.get("shards", [])):
+            if digest is not None:
+                assert digest == xxhash.xxh3_128(own[rank][name].data).hexdigest()
     merge(tmp_path / "s", tmp_path / "m")
+
+
+@pytest.mark.parametrize("runs", [2, 3, 5])
+@pytest.mark.parametrize("engine", [NATIVE, "vllm", "dcp"])
+def test_shares_of_several_runs_make_the_whole(
+    source: Path, policy: str, tmp_path: Path, runs: int, engine: str
+) -> None:
+    if engine == "vllm":
+        make_checkpoint(tmp_path / "demo")
+        source, policy = tmp_path / "demo", "auto"
+    planned = plan_split(source, tmp_path / "target", 2 if engine == "vllm" else 3, policy, engine=engine)
+    with Staging(tmp_path / "a") as once, Staging(tmp_path / "b") as staging:
+        expected = execute(planned.plan, once, "xxh3-128", 2)
+        written = []
+        for number in range(runs):
+            outputs = [output.name for output in planned.plan.outputs[number::runs]]
+            share = Share(outputs, range(number, len(planned.plan.items), runs))
+            written.append(execute(planned.plan, staging, "xxh3-128", 2, share=share))
+            assert [record.name for record in written[-1].files] == sorted(outputs)
+        found = functools.reduce(Written.joined, written)
+        assert (found.digests, found.shards) == (expected.digests, expected.shards)
+        assert sorted(found.files, key=str) == sorted(expected.files, key=str)
+        assert tree(once.folder) == tree(staging.folder)
+
+
+def test_a_share_reads_only_what_it_needs(source: Path, policy: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """A rank of a column-cut tensor: its rows, and nothing of the others'."""
+    read: list[tuple[int, int]] = []
+    preadv = os.preadv
+
+    def watched(fd: int, buffers: Any, offset: int) -> int:
+        count = preadv(fd, buffers, offset)
+        read.append((offset, count))
+        return count
+
+    monkeypatch.setattr(os, "preadv", watched)
+    planned = plan_split(source, tmp_path / "target", 3, policy)
+    with Staging(tmp_path / "a") as staging:
+        execute(planned.plan, staging, "xxh3-128", 1, share=Share([planned.plan.outputs[1].name], ()))
+        own = load(staging.folder / planned.plan.outputs[1].name)
+    whole = load(source / "model.safetensors")
+    wanted = 0
+    for name, held in whole.items():
+        rows, own_rows = held.shape[0], own[name].shape[0]
+        cut_by_rows = own_rows != rows
+        needed = (
+            min(own_rows, rows - own_rows) if cut_by_rows else rows
+        )  # rank 1 begins where rank 0 ended; then padding
+        wanted += len(held.data) // rows * needed
+    assert sum(count for _, count in read) == wanted
 
 
 @pytest.mark.parametrize("limit", [1, 3000, 60_000, 10**9])

@@ -18,7 +18,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("__init__", "errors"),
     ("layout", "views", "expressions", "patterns", "document", "digest", "roles", "launch", "mesh"),
     ("pickle_machine", "pickles", "zips", "chunks"),
-    ("stages", "header", "frames", "torch_tensors", "torch_files", "torch_state"),
+    ("stages", "header", "frames", "file_digest", "torch_tensors", "torch_files", "torch_state"),
     ("pickle_writing", "torch_frames", "partition", "folder", "manifest", "manifest_parsing", "adapter"),
     (
         "containers",
@@ -46,7 +46,7 @@ FLOORS: list[tuple[str, ...]] = [
         "dcp_writing",
     ),
     ("torch_dist",),
-    ("outputs", "execute", "carrying", "copies", "conversion"),
+    ("share", "outputs", "dealing", "execute", "carrying", "copies", "conversion"),
     (
         "engines.__init__",
         "engines.names",

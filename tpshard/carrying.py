@@ -20,8 +20,7 @@ def carry(source: Checkpoint, name: str, staging: Staging, algorithm: str) -> Ca
         if name in known and path.stat().st_size != known[name].size:
             raise changed
         content = path.read_bytes()
-    record = _record_of(name, content, algorithm)
-    if known.get(name, record) != record:
+    if name in known and source.manifest and _record_of(name, content, source.manifest.algorithm) != known[name]:
         raise changed
     return written_beside(name, content, staging, algorithm)
 

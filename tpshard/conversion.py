@@ -11,8 +11,9 @@ from pathlib import Path
 
 from tpshard.carrying import carry, written_beside
 from tpshard.copies import require_equal_copies
+from tpshard.digest import TENSORS, TREE
 from tpshard.errors import UsageError
-from tpshard.execute import Written, execute
+from tpshard.execute import execute
 from tpshard.folder import MANIFEST_NAME, safetensors_names
 from tpshard.layout import Layout
 from tpshard.library import policy_as_data
@@ -21,6 +22,7 @@ from tpshard.mesh import Mesh
 from tpshard.plan import Item, Plain, Plan, arrange, bytes_of_ranks
 from tpshard.policy import Policy
 from tpshard.roles import Role
+from tpshard.share import Written
 from tpshard.staging import Staging, check_space, check_target
 
 DEFAULT_MAX_SHARD_SIZE = 5 * 10**9
@@ -92,7 +94,7 @@ def run(conversion: Conversion, options: Options = Options()) -> Done:
     origin = plan.source.manifest
     if origin is not None and not origin.recorded:
         require_equal_copies(plan.source)
-    algorithm = origin.algorithm if origin and origin.recorded else options.digest
+    algorithm = _file_digest(conversion, options)
     with Staging(target) as staging:
         written = execute(plan, staging, algorithm, options.threads, options.progress)
         carried = tuple(carry(plan.source, name, staging, algorithm) for name in plan.source.carried)
@@ -114,6 +116,16 @@ def run(conversion: Conversion, options: Options = Options()) -> Done:
         seconds=copied - begin,
         sync_seconds=end - copied,
     )
+
+
+def _file_digest(conversion: Conversion, options: Options) -> str:
+    """The algorithm of the files' digests: the source's where it has one. Where no manifest keeps them, or they only
+    have to find faults, they are put together from the tensors' digests, if the files are nothing but tensors."""
+    origin, plan = conversion.plan.source.manifest, conversion.plan
+    wanted = origin.algorithm if origin and origin.recorded else options.digest
+    if isinstance(plan.arrangement, Plain) and (wanted in (TENSORS, TREE) or conversion.policy is None):
+        return TREE
+    return TENSORS if wanted == TREE else wanted
 
 
 def _manifest(conversion: Conversion, written: Written, carried: tuple[CarriedRecord, ...], algorithm: str) -> Manifest:

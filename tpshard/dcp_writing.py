@@ -146,8 +146,8 @@ class _Boxes:
         held = self.held(plan.items[output.first : output.last], output.rank)
         return [Tensor(item.stored.name, item.stored.dtype, chunk.box.shape) for item, chunk in held]
 
-    def targets(self, plan: Plan, outputs: Sequence[Output], frames: Sequence[Frame]) -> Iterator[Targets]:
-        starts = [iter(frame.starts) for frame in frames]
+    def targets(self, plan: Plan, outputs: Sequence[Output], frames: Sequence[Frame | None]) -> Iterator[Targets]:
+        starts = [iter(frame.starts) if frame else itertools.repeat(0) for frame in frames]
         for item in plan.items[outputs[0].first : outputs[0].last]:
             files = self.files[item.stored.name]
             yield Targets(tuple(next(starts[file]) for file in files), None, files)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from tpshard.digest import ALGORITHMS
+from tpshard.digest import RECORDED
 from tpshard.errors import InputError, printable
 from tpshard.folder import MANIFEST_NAME, is_bare_name, read_json
 from tpshard.header import DTYPE_BITS, check_names
@@ -59,7 +59,7 @@ def _manifest_from(data: Mapping[str, Any]) -> Manifest:
     unknown = sorted(set(data) - KEYS)
     if unknown:
         raise InputError(f"unknown field '{printable(unknown[0])}'")
-    if data["digest"] not in ALGORITHMS:
+    if data["digest"] not in RECORDED:
         raise InputError(f"digest {printable(repr(data['digest']), 40)} is unknown")
     layouts = [_layout_from(item) for item in data["layouts"]]
     roles = [_role_from(item) for item in data["roles"]]

@@ -140,8 +140,9 @@ class Arrangement(Protocol):
     def frame(self, plan: Plan, output: Output) -> Frame:
         """What the file's format puts around its tensors."""
 
-    def targets(self, plan: Plan, outputs: Sequence[Output], frames: Sequence[Frame]) -> Iterator[Targets]:
-        """Of each item of the outputs written together, in their order."""
+    def targets(self, plan: Plan, outputs: Sequence[Output], frames: Sequence[Frame | None]) -> Iterator[Targets]:
+        """Of each item of the outputs written together, in their order; a frame is None where the file is not
+        written, and its places mean nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,8 +160,8 @@ class Plain:
         ]
         return safetensors_frame(held, self.describe(output))
 
-    def targets(self, plan: Plan, outputs: Sequence[Output], frames: Sequence[Frame]) -> Iterator[Targets]:
-        ends = np.array([len(frame.head) for frame in frames], np.int64)
+    def targets(self, plan: Plan, outputs: Sequence[Output], frames: Sequence[Frame | None]) -> Iterator[Targets]:
+        ends = np.array([len(frame.head) if frame else 0 for frame in frames], np.int64)
         items = plan.items[outputs[0].first : outputs[0].last]
         for sizes in bytes_of_ranks(items):
             yield Targets(tuple(ends.tolist()))

@@ -27,8 +27,8 @@ class Reframed:
         held = [Tensor(item.stored.name, item.stored.dtype, item.want.shape) for item in items]
         return self.kept[output.name].frame(held, {})
 
-    def targets(self, plan: Plan, outputs: Sequence[Output], frames: Sequence[Frame]) -> Iterator[Targets]:
-        for start in frames[0].starts:
+    def targets(self, plan: Plan, outputs: Sequence[Output], frames: Sequence[Frame | None]) -> Iterator[Targets]:
+        for start in frames[0].starts if frames[0] else ():
             yield Targets((start,))
 
 

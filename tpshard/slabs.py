@@ -22,8 +22,7 @@ from tpshard.plan import Holding, Transfer
 if TYPE_CHECKING:  # takes 20 ms to import, a tenth of the start
     from numpy.typing import NDArray
 
-MOST_KEPT = 1024  # contacts of one transfer; with TRANSFERS_KEPT, bounds memory to about 16 MB
-TRANSFERS_KEPT = 32
+MOST_KEPT = 32768  # contacts of recent transfers: about 16 MB
 
 Bytes: TypeAlias = "NDArray[np.uint8]"
 Slices = tuple[slice, ...]
@@ -82,14 +81,16 @@ class Slab:
     writes: tuple[Contact, ...]
 
 
-def cut_into_slabs(transfer: Transfer, limit: int) -> Iterator[Slab]:
-    """A transfer's slabs in order, each of at most ``limit`` bytes; at least one, even for a tensor without cells."""
+def cut_into_slabs(transfer: Transfer, limit: int, whole: bool = True) -> Iterator[Slab]:
+    """A transfer's slabs in order, each of at most ``limit`` bytes; at least one, even for a tensor without cells.
+    ``whole``: they cover the whole tensor; else only what is written, each of them from its first to its last row."""
     offset = 0
     ends = {holding.rank: 0 for holding in transfer.writes}
     boxes = list(regions(transfer.shape, limit)) or [Box((0,) * len(transfer.shape), (0,) * len(transfer.shape))]
-    for number, box in enumerate(boxes, start=1):
-        size = box.volume if 0 not in transfer.shape else 0
-        writes = [contact for holding in transfer.writes for contact in _contacts(holding, box, ends[holding.rank])]
+    for number, given in enumerate(boxes, start=1):
+        box = given if whole else _written(transfer, given)
+        size = box.volume if box and 0 not in transfer.shape else 0
+        writes = [c for held in transfer.writes for c in (_contacts(held, box, ends[held.rank]) if box else ())]
         for contact in writes:
             ends[contact.rank] = contact.offset + contact.size
         if number == len(boxes):
@@ -98,9 +99,20 @@ def cut_into_slabs(transfer: Transfer, limit: int) -> Iterator[Slab]:
                 for h in transfer.writes
                 if ends[h.rank] < h.volume
             ]
+        if not box:
+            if not writes:
+                continue
+            box = Box(given.start, given.start)
         reads = tuple(contact for holding in transfer.reads for contact in _separate_contacts(holding, box))
         yield Slab(offset, size, box.shape, reads, tuple(writes))
         offset += size
+
+
+def _written(transfer: Transfer, box: Box) -> Box | None:
+    """The rows of a box that are written anywhere."""
+    parts = [piece.box.intersect(box) for holding in transfer.writes for piece in holding.pieces]
+    found = [part for part in parts if part is not None]
+    return rows_around(found, transfer.shape) if found else None
 
 
 def regions(shape: Shape, limit: int) -> Iterator[Box]:
@@ -229,21 +241,25 @@ class Rooms:
 
 
 class KnownSlabs:
-    """Slabs of recent transfers: thousands of tensors share a few. Large ones are cut anew each time: they are rare,
+    """Slabs of recent transfers: thousands of tensors share a few. The largest are cut anew each time: they are rare,
     and their slabs would take more memory than they are worth."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._known: OrderedDict[int, tuple[Transfer, tuple[Slab, ...]]] = OrderedDict()
+        self._known: OrderedDict[tuple[int, bool], tuple[Transfer, tuple[Slab, ...], int]] = OrderedDict()
+        self._kept = 0
 
-    def of(self, transfer: Transfer) -> Iterable[Slab]:
-        if id(transfer) in self._known:
-            self._known.move_to_end(id(transfer))
-            return self._known[id(transfer)][1]
+    def of(self, transfer: Transfer, whole: bool) -> Iterable[Slab]:
+        key = id(transfer), whole
+        if key in self._known:
+            self._known.move_to_end(key)
+            return self._known[key][1]
         if transfer.size // self._limit * len(transfer.writes) > MOST_KEPT:
-            return cut_into_slabs(transfer, self._limit)
-        if len(self._known) == TRANSFERS_KEPT:
-            self._known.popitem(last=False)
-        slabs = tuple(cut_into_slabs(transfer, self._limit))
-        self._known[id(transfer)] = transfer, slabs
+            return cut_into_slabs(transfer, self._limit, whole)
+        slabs = tuple(cut_into_slabs(transfer, self._limit, whole))
+        weight = sum(1 + len(slab.reads) + len(slab.writes) for slab in slabs)
+        self._known[key] = transfer, slabs, weight
+        self._kept += weight
+        while self._kept > MOST_KEPT and len(self._known) > 1:
+            self._kept -= self._known.popitem(last=False)[1][2]
         return slabs

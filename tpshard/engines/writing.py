@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -51,10 +52,13 @@ class EngineArrangement:
         own = [tensor for tensor, _ in self.joined.of_rank(output.rank, self.parts[output.part])]
         return [t for t in own if t.constant is not None] + [t for t in own if t.constant is None]
 
-    def targets(self, plan: Plan, outputs: Sequence[Output], frames: Sequence[Frame]) -> Iterator[Targets]:
+    def targets(self, plan: Plan, outputs: Sequence[Output], frames: Sequence[Frame | None]) -> Iterator[Targets]:
         joints = self.parts[outputs[0].part]
         constants = [len(list(self.joined.constants(joints, output.rank))) for output in outputs]
-        starts = [iter(frame.starts[first:]) for frame, first in zip(frames, constants, strict=True)]
+        starts = [
+            iter(frame.starts[first:]) if frame else itertools.repeat(0)
+            for frame, first in zip(frames, constants, strict=True)
+        ]
         for joint in joints:
             begins: dict[int, list[int]] = {index: [0] * len(outputs) for index in joint.logical}
             views: dict[int, list[View | None]] = {index: [None] * len(outputs) for index in joint.logical}

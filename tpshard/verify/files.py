@@ -8,15 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tpshard.checkpoint import Checkpoint, Opening
-from tpshard.digest import hasher_factory
-from tpshard.errors import InputError, StorageError
+from tpshard.errors import InputError
+from tpshard.file_digest import file_digest
 from tpshard.folder import MANIFEST_NAME
 from tpshard.manifest import CarriedRecord, FileRecord, Manifest
 from tpshard.manifest_parsing import read_manifest
 from tpshard.verify.report import CheckResult, Finding
 
-CHUNK = 2**20
 MISSING = "is missing"
+UNREADABLE = "its header cannot be read"
 
 
 def check_files(
@@ -45,7 +45,7 @@ def check_files(
     listed: list[FileRecord | CarriedRecord] = [*opening.records]
     listed += manifest.carried if 0 in opening.only else ()
     digests = digest_findings(folder, manifest.algorithm, listed, workers, progress)
-    findings += [f for f in digests if f.what != MISSING or f.file not in known]
+    findings += [f for f in digests if f.what not in (MISSING, UNREADABLE) or f.file not in known]
     covered = {
         "files": len(opening.records) + (len(manifest.carried) if 0 in opening.only else 0),
         "tensors": len(manifest.tensors),
@@ -95,31 +95,19 @@ def digest_findings(
     progress: Callable[[int], object],
 ) -> list[Finding]:
     """Files that are missing or not as they were. Files are read whole, several at a time."""
-    new_hasher = hasher_factory(algorithm)
 
-    def digest(path: Path) -> str | None:
-        hasher, buffer = new_hasher(), memoryview(bytearray(CHUNK))
+    def wrong(record: FileRecord | CarriedRecord) -> str:
         try:
-            with path.open("rb", buffering=0) as file:
-                while count := file.readinto(buffer):
-                    hasher.update(buffer[:count])
-                    progress(count)
+            have = file_digest(folder / record.name, algorithm, isinstance(record, FileRecord), progress)
         except (FileNotFoundError, IsADirectoryError):
-            return None
-        except OSError as error:
-            raise StorageError(f"{path}: {error.strerror}") from None
-        return hasher.hexdigest()
+            return MISSING
+        except InputError:
+            return UNREADABLE
+        return "" if have == record.digest else f"digest is {have}, the manifest says {record.digest}"
 
-    expected = [(record.name, record.digest) for record in listed]
     with ThreadPoolExecutor(workers) as pool:
-        found = list(pool.map(digest, [folder / name for name, _ in expected]))
-    findings = []
-    for (name, want), have in zip(expected, found, strict=True):
-        if have is None:
-            findings.append(Finding(MISSING, file=name))
-        elif have != want:
-            findings.append(Finding(f"digest is {have}, the manifest says {want}", file=name))
-    return findings
+        found = list(pool.map(wrong, listed))
+    return [Finding(what, file=record.name) for record, what in zip(listed, found, strict=True) if what]
 
 
 def default_workers() -> int:

@@ -14,7 +14,7 @@ from functools import lru_cache
 import numpy as np
 
 from tpshard.checkpoint import Checkpoint, Stored
-from tpshard.digest import Hasher, hasher_factory
+from tpshard.digest import TENSORS, Hasher, hasher_factory
 from tpshard.errors import InputError, printable
 from tpshard.execute import SLAB
 from tpshard.folder import CONFIG
@@ -132,7 +132,7 @@ class _Comparison:
         assert checkpoint.manifest is not None
         self.tensor, self.whole, self.own, self.other = tensor, whole, own, other
         self.bits = DTYPE_BITS[tensor.dtype]
-        self.new_hasher = hasher_factory(checkpoint.manifest.algorithm)
+        self.new_hasher = hasher_factory(TENSORS)
         self.hashers: list[Hasher] = [self.new_hasher() for _ in range(checkpoint.ranks)]
         self.findings: dict[int, Finding] = {}
         self.rooms = Rooms()
