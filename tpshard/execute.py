@@ -25,7 +25,7 @@ from tpshard.slabs import Bytes, Contact, KnownSlabs, Rooms
 from tpshard.sources import SourceFiles
 from tpshard.staging import Staging
 
-SLAB = 2**20  # bytes: what is read, cut and written while it stays in a core's own cache
+SLAB = 4 * 2**20  # bytes: smaller costs more calls, larger more cache; python -m tests.bench
 
 Progress = Callable[[int], object]
 

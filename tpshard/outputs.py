@@ -18,6 +18,7 @@ from tpshard.staging import Staging, storage_errors
 from tpshard.views import View, blocks
 
 READ_BACK = 2**20  # bytes
+MOST_BYTES = 2**20  # of one write: larger ones ask the kernel for larger pages than it has at hand
 MOST_AT_ONCE = 512  # pieces in one write; Linux allows 1024
 
 
@@ -86,7 +87,7 @@ class OutputFile:
         fd, left = self._file.fileno(), [memoryview(piece) for piece in pieces if len(piece)]
         while left:
             with storage_errors(self._file.name):
-                count = os.pwritev(fd, left, place)
+                count = os.pwritev(fd, left if len(left) > 1 else [left[0][:MOST_BYTES]], place)
             place += count
             while left and count >= len(left[0]):
                 count -= len(left.pop(0))
