@@ -24,6 +24,9 @@ class Hasher(Protocol):
 
 def update(hasher: Hasher, zeros: int, data: memoryview | bytes) -> None:
     """Take so many zeros, then the data."""
+    if not zeros:  # most often: range() would cost as much again
+        hasher.update(data)
+        return
     for done in range(0, zeros, len(ZEROS)):
         hasher.update(ZEROS[: zeros - done])
     hasher.update(data)

@@ -228,7 +228,8 @@ class _Run:
             self._wait_until(lambda: tensor.digested == slab.offset)
         tensor.whole.update(buffer[step.begin : step.begin + slab.size].data)
         tensor.digested += slab.size
-        self._moved_on(tensor)
+        if tensor.shared:
+            self._moved_on()
 
     def _deliver(self, sink: Sink, contacts: Sequence[tuple[Step, Contact]], buffer: Bytes, rooms: Rooms) -> None:
         """Digest and write what one file gets of a batch."""
@@ -247,20 +248,20 @@ class _Run:
         sink.write(pieces)
 
     def _digest_own(self, tensor: Tensor, contact: Contact, data: memoryview) -> None:
-        rank = contact.rank
+        rank, begin = contact.rank, contact.offset - contact.lead
         hasher = tensor.ranks.get(rank)
         if hasher is None:
             return
-        if tensor.own[rank] != contact.offset - contact.lead:
-            self._wait_until(lambda: tensor.own[rank] == contact.offset - contact.lead)
+        if tensor.own[rank] != begin:
+            self._wait_until(lambda: tensor.own[rank] == begin)
         update(hasher, contact.lead, data)
         tensor.own[rank] = contact.offset + contact.size
-        self._moved_on(tensor)
-
-    def _moved_on(self, tensor: Tensor) -> None:
         if tensor.shared:
-            with self._moved:
-                self._notify()
+            self._moved_on()
+
+    def _moved_on(self) -> None:
+        with self._moved:
+            self._notify()
 
     def _wait_until(self, ready: Callable[[], bool]) -> None:
         with self._moved:

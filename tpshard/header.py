@@ -9,6 +9,7 @@ shapes.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -73,6 +74,7 @@ class Header:
     file_size: int
 
 
+@functools.lru_cache(maxsize=1024)  # thousands of tensors share a few shapes
 def byte_count(dtype: str, shape: Shape) -> int:
     """Bytes of a tensor. Raises InputError where a sub-byte dtype does not fill its last byte.
 

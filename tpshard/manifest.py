@@ -175,10 +175,10 @@ def _tensor_as_data(record: TensorRecord, layouts: dict[Layout, int], roles: dic
 
 def _sealed(data: dict[str, Any]) -> bytes:
     """The JSON, top-level fields and list items on lines of their own (so that it can be read and compared)."""
-    lines = []
+    lines, encode = [], json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
     for key, value in data.items():
         if isinstance(value, list) and value:
-            items = ",\n".join(f"  {json.dumps(item, separators=(',', ':'), ensure_ascii=False)}" for item in value)
+            items = ",\n".join(f"  {encode(item)}" for item in value)
             lines.append(f"{json.dumps(key)}: [\n{items}\n ]")
         else:
             lines.append(f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}")

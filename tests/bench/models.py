@@ -19,6 +19,8 @@ FILE_LIMIT = 5 * 10**9
 CHUNK = 2**24
 DEEPSEEK_FILES = 163
 
+SMALL_POLICY = "name: small\nrules: {linear: column}\n"
+
 # Block biases beside the weights: as many tensors as the FP8 original has with its scales.
 DEEPSEEK_POLICY = """\
 name: deepseek-bench
@@ -36,6 +38,16 @@ rules:
   "{input_layernorm,post_attention_layernorm,norm}": replicate
   lm_head: {rule: column, gather: true}
 """
+
+
+def small(folder: Path, count: int) -> Path:
+    """One file of ``count`` tensors of 1 KB each, random numbers in BF16."""
+    folder.mkdir(parents=True)
+    names = [(f"layers.{number}.linear.weight", "BF16", (16, 32)) for number in range(count)]
+    data = np.random.default_rng(0).integers(0, 256, count * 1024, np.uint8)
+    (folder / "model.safetensors").write_bytes(header_bytes(names, {"format": "pt"}) + data.tobytes())
+    (folder / "config.json").write_text(json.dumps({"model_type": "small"}))
+    return folder
 
 
 def llama(folder: Path, size: int) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import gc
 import importlib
 import json
 import os
@@ -79,6 +80,7 @@ def main() -> NoReturn:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
             signal.signal(number, _terminated)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's own threads: 30 ms to start, and nothing for them
+    gc.set_threshold(100_000)  # plans are millions of small objects without cycles: a third of their time went into it
     code = _run(sys.argv[1:])
     if "torch.distributed" in sys.modules and is_one_of_several():
         sys.stdout.flush()
