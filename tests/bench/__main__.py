@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import datetime
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import click
 
+from tpshard import __version__
 from tpshard.cli.options import Count, Size
 from tpshard.cli.render import table
+from tpshard.conversion import DEFAULT_DIGEST
+from tpshard.digest import ALGORITHMS
 
 from . import models
-from .measure import Sample, remove, run, touch, warm
+from .measure import Sample, cool, remove, run, touch, warm
 
 TPSHARD = [sys.executable, "-m", "tpshard"]
 USUAL = [sys.executable, "-m", "tests.bench.usual"]
 COPY = "cp -r"
+SMALL = 100_000
+HISTORY = ("date", "version", "commit", "what", "method", "rounds", "ratio", "least", "most", "seconds", "anonymous MB")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -43,35 +51,48 @@ class Bench:
 
     scratch: Path
     touched: int
+    cold: bool
 
     def trial(self, method: str, command: Sequence[str], source: Path, target: Path) -> Trial:
-        """``cp -r`` of the source, removed again, then the command; both from a warm page cache, nothing unwritten."""
+        """``cp -r`` of the source, removed again, then the command; both with the source in the page cache, or with
+        nothing in it, and nothing unwritten."""
         samples = []
         for each in (["cp", "-r", str(source), str(target)], list(command)):
             remove(target)
             os.sync()
-            warm(source)
+            cool() if self.cold else warm(source)
             if self.touched:
                 touch(self.touched)
             samples.append(run(each))
         return Trial(method, samples[1], samples[0])
 
 
-def one_round(bench: Bench, source: Path, tp: int, usual: Sequence[str]) -> Iterator[Trial]:
+def one_round(bench: Bench, source: Path, tp: int, usual: Sequence[str], digest: str) -> Iterator[Trial]:
     """Every method once; leaves the source only."""
     shards, target, trial = bench.scratch / "shards", bench.scratch / "target", bench.trial
+    note = "" if digest == DEFAULT_DIGEST else f", {digest}"
     for way in usual:
         yield trial(f"usual: {way}", [*USUAL, way, str(source), str(target), str(tp)], source, target)
         remove(target)
-    split = ["split", str(source), str(shards), "--tp", str(tp), "--json"]
-    yield trial(f"split 1→{tp}", [*TPSHARD, *split], source, shards)
+    split = ["split", str(source), str(shards), "--tp", str(tp), "--digest", digest, "--json"]
+    yield trial(f"split 1→{tp}{note}", [*TPSHARD, *split], source, shards)
     merge = ["merge", str(shards), str(target), "--json"]
-    yield trial(f"merge {tp}→1", [*TPSHARD, *merge], shards, target)
+    yield trial(f"merge {tp}→1{note}", [*TPSHARD, *merge], shards, target)
     half = max(1, tp // 2)
     reshard = ["reshard", str(shards), str(target), "--tp", str(half), "--json"]
-    yield trial(f"reshard {tp}→{half}", [*TPSHARD, *reshard], shards, target)
+    yield trial(f"reshard {tp}→{half}{note}", [*TPSHARD, *reshard], shards, target)
     remove(target)
     remove(shards)
+
+
+def small_round(bench: Bench, source: Path) -> Iterator[Trial]:
+    """A file of very many small tensors to one rank and to eight; leaves the source only."""
+    target, policy = bench.scratch / "target", bench.scratch / "small.yaml"
+    policy.write_text(models.SMALL_POLICY)
+    for tp in (1, 8):
+        split = ["split", str(source), str(target), "--tp", str(tp), "--policy", str(policy), "--json"]
+        yield bench.trial(f"{SMALL} tensors of 1 KB to {tp}", [*TPSHARD, *split], source, target)
+        remove(target)
 
 
 def engines_round(bench: Bench, source: Path, tp: int) -> Iterator[Trial]:
@@ -109,13 +130,35 @@ def report(trials: Sequence[Trial]) -> str:
     return table(rows, right=frozenset({1, 2, 3, 4, 5}))
 
 
-def bench_plan(scratch: Path, rounds: int) -> list[Trial]:
+def bench_plan(scratch: Path, rounds: int) -> Iterator[Trial]:
     """Planning alone, headers only."""
     source = models.deepseek(scratch / "deepseek")
-    policy = str(scratch / "policy.yaml")
-    command = [*TPSHARD, "split", str(source), str(scratch / "none"), "--tp", "16", "--dry-run", "--json"]
+    command = [*TPSHARD, "split", str(source), str(scratch / "none"), "--dry-run", "--json"]
+    command += ["--policy", str(scratch / "policy.yaml")]
     nothing = Sample(1.0, 0.0, 0, 0)
-    return [Trial("plan, 16 ranks", run([*command, "--policy", policy]), nothing) for _ in range(rounds)]
+    for _ in range(rounds):
+        for ranks in (16, 32, 64):
+            yield Trial(f"plan, {ranks} ranks", run([*command, "--tp", str(ranks)]), nothing)
+    remove(source)
+
+
+def append_history(path: Path, results: Mapping[str, Sequence[Trial]]) -> None:
+    """A line for each method: when, which version, of what, and the ratios to ``cp -r``."""
+    new = not path.exists()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if new:
+            writer.writerow(HISTORY)
+        for label, trials in results.items():
+            for method in dict.fromkeys(t.method for t in trials):
+                ratios = [t.ratio for t in trials if t.method == method]
+                seconds = statistics.median(t.sample.seconds for t in trials if t.method == method)
+                peak = max(t.sample.anonymous for t in trials if t.method == method)
+                numbers = [statistics.median(ratios), min(ratios), max(ratios), seconds]
+                day, rounds = datetime.date.today().isoformat(), len(ratios)
+                texts = [f"{number:.2f}" for number in numbers]
+                writer.writerow([day, __version__, commit.stdout.strip(), label, method, rounds, *texts, peak // 10**6])
 
 
 @click.command()
@@ -126,9 +169,14 @@ def bench_plan(scratch: Path, rounds: int) -> list[Trial]:
 @click.option(
     "--engines", "with_engines", is_flag=True, help="Measure conversions between engines, not split and so on."
 )
-@click.option("--plan", "with_plan", is_flag=True, help="Plan a checkpoint of 94,000 tensors for 16 ranks.")
+@click.option("--plan", "with_plan", is_flag=True, help="Plan a checkpoint of 94,000 tensors for 16 to 64 ranks.")
+@click.option("--small", "with_small", is_flag=True, help=f"Split a file of {SMALL} tensors of 1 KB.")
+@click.option("--digest", type=click.Choice(ALGORITHMS), default=DEFAULT_DIGEST, show_default=True)
+@click.option("--cold", is_flag=True, help="Drop the page cache before each run (as root).")
+@click.option("--sparse", is_flag=True, help="A source of holes, where the disk is short.")
 @click.option("--scratch", type=click.Path(path_type=Path, file_okay=False), help="Folder for what is written.")
 @click.option("--touch", "touched", type=Size(), metavar="SIZE", help="Where the host takes back free memory.")
+@click.option("--history", type=click.Path(path_type=Path), help="Append the ratios to this CSV file.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write every run's numbers here.")
 def main(
     sizes: tuple[int, ...],
@@ -137,29 +185,41 @@ def main(
     usual: tuple[str, ...],
     with_engines: bool,
     with_plan: bool,
+    with_small: bool,
+    digest: str,
+    cold: bool,
+    sparse: bool,
     scratch: Path | None,
     touched: int | None,
+    history: Path | None,
     json_file: Path | None,
 ) -> None:
     """Measure split, merge and reshard against cp -r, and with --plan the planning of a very large checkpoint."""
     results: dict[str, list[Trial]] = {}
     with tempfile.TemporaryDirectory(dir=scratch, prefix="tpshard-bench-") as name:
-        for size in sizes or (() if with_plan else (2 * 10**9,)):
-            source = models.llama(Path(name, "source"), size)
-            label = f"{sum(path.stat().st_size for path in source.iterdir()) / 1e9:.1f} GB"
-            bench = Bench(Path(name), touched or 0)
+        bench = Bench(Path(name), touched or 0, cold)
+        for size in sizes or (() if with_plan or with_small else (2 * 10**9,)):
+            source = models.llama(Path(name, "source"), size, sparse=sparse)
+            label = f"{sum(path.stat().st_size for path in source.iterdir()) / 1e9:.1f} GB{', cold' if cold else ''}"
             turns = (
-                engines_round(bench, source, tp) if with_engines else one_round(bench, source, tp, usual)
+                engines_round(bench, source, tp) if with_engines else one_round(bench, source, tp, usual, digest)
                 for _ in range(rounds)
             )
             results[label] = [trial for turn in turns for trial in turn]
             remove(source)
             click.echo(f"{label}, {rounds} rounds\n\n{report(results[label])}\n")
+        if with_small:
+            source = models.small(Path(name, "source"), SMALL)
+            results["small"] = [trial for _ in range(rounds) for trial in small_round(bench, source)]
+            click.echo(f"{rounds} rounds\n\n{report(results['small'])}\n")
         if with_plan:
-            results["plan"] = bench_plan(Path(name), rounds)
-            seconds = spread([t.sample.seconds for t in results["plan"]])
-            peak = max(t.sample.anonymous for t in results["plan"])
-            click.echo(f"plan: {seconds} seconds, {peak / 1e6:.0f} MB anonymous")
+            results["plan"] = list(bench_plan(Path(name), rounds))
+            for method in dict.fromkeys(t.method for t in results["plan"]):
+                samples = [t.sample for t in results["plan"] if t.method == method]
+                seconds, peak = spread([s.seconds for s in samples]), max(s.anonymous for s in samples)
+                click.echo(f"{method}: {seconds} seconds, {peak / 1e6:.0f} MB anonymous")
+    if history:
+        append_history(history, results)
     if json_file:
         data = {label: [dataclasses.asdict(t) for t in trials] for label, trials in results.items()}
         json_file.write_text(json.dumps(data, indent=1) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -33,8 +34,11 @@ class FailedError(Exception):
 def run(command: Sequence[str]) -> Sample:
     """Measure a command. Where it prints JSON, as tpshard does with --json, its fsync time is taken from there."""
     peak = {"RssAnon": 0, "VmHWM": 0}
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
     begin = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
         watcher = threading.Thread(target=_watch, args=(process, peak))
         watcher.start()
         stdout, stderr = process.communicate()
@@ -68,6 +72,11 @@ def warm(folder: Path) -> None:
         with path.open("rb", buffering=0) as file:
             while file.readinto(buffer):
                 pass
+
+
+def cool() -> None:
+    """Drop the page cache (as root). Raises OSError."""
+    Path("/proc/sys/vm/drop_caches").write_text("3")
 
 
 def touch(size: int) -> None:

@@ -50,17 +50,24 @@ def small(folder: Path, count: int) -> Path:
     return folder
 
 
-def llama(folder: Path, size: int) -> Path:
-    """A Llama-shaped checkpoint of about ``size`` bytes: as many layers as fit, at least one."""
+def llama(folder: Path, size: int, *, sparse: bool = False) -> Path:
+    """A Llama-shaped checkpoint of about ``size`` bytes: as many layers as fit, at least one. ``sparse``: of holes."""
     hidden, inner = (2048, 8192) if size < 4 * 10**9 else (4096, 14336)
     vocabulary, key_value = 128256, 8 * (hidden // 32)
     layer = 2 * (2 * hidden * hidden + 2 * hidden * key_value + 3 * hidden * inner)
     layers = max(1, round((size - 4 * vocabulary * hidden) / layer))
-    return llama_of(folder, hidden, inner, vocabulary, heads=32, key_value_heads=8, layers=layers)
+    return llama_of(folder, hidden, inner, vocabulary, heads=32, key_value_heads=8, layers=layers, sparse=sparse)
 
 
 def llama_of(
-    folder: Path, hidden: int, inner: int, vocabulary: int, heads: int, key_value_heads: int, layers: int
+    folder: Path,
+    hidden: int,
+    inner: int,
+    vocabulary: int,
+    heads: int,
+    key_value_heads: int,
+    layers: int,
+    sparse: bool = False,
 ) -> Path:
     """A Llama of these sizes, random numbers in BF16."""
     key_value = key_value_heads * (hidden // heads)
@@ -90,7 +97,7 @@ def llama_of(
         "vocab_size": vocabulary,
         "torch_dtype": "bfloat16",
     }
-    _write(folder, _by_size(tensors), config, sparse=False)
+    _write(folder, _by_size(tensors), config, sparse=sparse)
     return folder
 
 
