@@ -46,7 +46,8 @@ FLOORS: list[tuple[str, ...]] = [
         "dcp_writing",
     ),
     ("torch_dist",),
-    ("share", "outputs", "dealing", "execute", "carrying", "copies", "conversion"),
+    ("share", "outputs", "dealing", "execute", "carrying", "copies"),
+    ("fingerprint", "shares", "meeting", "crew", "running", "conversion"),
     (
         "engines.__init__",
         "engines.names",
