@@ -114,8 +114,8 @@ class Journal:
                 except (ValueError, KeyError, TypeError):
                     break
                 good += len(line)
-        os.ftruncate(self._fd, good)
-        os.lseek(self._fd, 0, os.SEEK_END)
+        if os.fstat(self._fd).st_size > good:
+            os.ftruncate(self._fd, good)
 
 
 def _head(data: Mapping[str, Any]) -> Head:

@@ -75,7 +75,7 @@ class Shared:
         mark = hashlib.sha256(os.fsencode(self._place.name)).hexdigest()[:8]
         self.folder = self._place.parent / f".{self._place.name[:40]}.tpshard-{mark}"
         self._files = frozenset(files)
-        self._made: set[Path] = set()
+        self._made = {self.folder}
         self._unsynced: list[Path] = []
 
     def beside(self, suffix: str) -> Path:
