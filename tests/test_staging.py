@@ -17,7 +17,7 @@ from tests.build import POLICY, tiny_checkpoint, tree
 from tpshard.conversion import Conversion, Options, run
 from tpshard.convert import plan_merge, plan_split
 from tpshard.errors import StorageError, UsageError
-from tpshard.journal import Head
+from tpshard.journal import OTHER, Head
 from tpshard.staging import Staging, check_space
 
 RANKS = 3
@@ -29,7 +29,7 @@ def conversion(source: Path, policy: str, tmp_path: Path) -> Conversion:
 
 
 def staging_of(target: Path, *files: str) -> Staging:
-    return Staging(target, Head({}, files))
+    return Staging(target, Head(dict.fromkeys(OTHER, ""), files))
 
 
 def failing(call: Callable[..., Any], at: int, error: int) -> tuple[Callable[..., Any], list[int]]:

@@ -16,8 +16,7 @@ from typing import Any
 
 from tpshard.dealing import Share
 from tpshard.errors import InconclusiveError, InputError, PolicyError, StorageError, TpshardError, UsageError
-from tpshard.fingerprint import differences
-from tpshard.journal import Portion
+from tpshard.journal import Portion, difference
 from tpshard.launch import Launch
 from tpshard.manifest import FileRecord
 from tpshard.meeting import Line, LostError, gather, join
@@ -73,7 +72,7 @@ class Crew:
     def agree(self) -> None:
         """Raises UsageError where one of the others has planned something else."""
         for rank, theirs in self._prints.items():
-            if other := differences(self._own, theirs):
+            if other := difference(self._own, theirs):
                 what = f"process {rank} of {self.size} (on {self._lines[rank].host}) has {other} than the first"
                 raise UsageError(what, hint="all need the same command and the same files")
 

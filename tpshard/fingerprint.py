@@ -37,7 +37,7 @@ def fingerprint(
 
     source, items = plan.source, plan.items
     return {
-        "tpshard version": __version__,
+        "version": __version__,
         "source": _digest(
             [[file.name, file.size, file.identity[1]] for file in source.files],
             [[item.stored.name, item.stored.dtype, mark(item.stored.layout)] for item in items],
@@ -48,18 +48,13 @@ def fingerprint(
             [[name, role.rule, role.gather, role.pattern] for name, role in roles.items()],
         ),
         "ranks": _digest(mesh.as_data() if mesh else None, [mark(item.want) for item in items]),
-        "set of files": _digest(
+        "files": _digest(
             engine,
             [[output.name, output.rank, output.part, output.first, output.last] for output in plan.outputs],
             [[name, hashlib.sha256(content).hexdigest()] for name, content in beside.items()],
         ),
         "digest": algorithm,
     }
-
-
-def differences(mine: Mapping[str, str], other: Mapping[str, str]) -> str:
-    """What two fingerprints have not in common, as ``another X, another Y``; empty where they agree."""
-    return ", ".join(f"another {key}" for key, value in mine.items() if other.get(key) != value)
 
 
 def _digest(*data: object) -> str:

@@ -18,16 +18,31 @@ from typing import Any
 from tpshard.errors import StorageError, UsageError
 from tpshard.manifest import FileRecord
 
+# What the result of a run depends on, and what is said where another run's is not the same.
+OTHER = {
+    "version": "another version of tpshard",
+    "source": "another source",
+    "policy": "another policy",
+    "ranks": "other ranks",
+    "files": "another set of files",
+    "digest": "another digest",
+}
 FORMAT, VERSION = "tpshard-journal", 1
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What a run is: a digest of each thing that its result depends on (``files``: all that it will create)."""
+    """What a run is: a digest of each thing that its result depends on, the keys of OTHER; and all the files that it
+    may create."""
 
     fingerprint: Mapping[str, str]
     files: tuple[str, ...]
+
+
+def difference(mine: Mapping[str, str], theirs: Mapping[str, str]) -> str:
+    """The first thing that two fingerprints have not in common, in words; empty where they agree."""
+    return next((words for key, words in OTHER.items() if mine[key] != theirs.get(key)), "")
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import BinaryIO
 
 from tpshard.errors import StorageError, TpshardError, UsageError
-from tpshard.journal import Head, Journal, Portion
+from tpshard.journal import Head, Journal, Portion, difference
 
 ADDRESS = "address"  # suffix of the file by which the processes of a run find each other
 MARGIN = 16 * 2**20  # file systems need room for their own records
@@ -192,11 +192,10 @@ class Staging(Shared):
 
     def _take_over(self, journal: Journal) -> None:
         before = journal.head
-        if self._resume and before is not None:
-            changed = [key for key, now in self._head.fingerprint.items() if before.fingerprint.get(key) != now]
-            if changed:
-                what = f"{self.target}: the run to go on with had another {', another '.join(changed)}"
-                raise UsageError(what, hint="leave out --resume to begin again")
+        changed = difference(self._head.fingerprint, before.fingerprint) if self._resume and before is not None else ""
+        if changed:
+            what = f"{self.target}: the run to go on with had {changed}"
+            raise UsageError(what, hint="leave out --resume to begin again")
         known = before.files if before is not None else ()
         for path in self._present():
             if str(path.relative_to(self.folder)) not in known:
