@@ -39,7 +39,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("grid", "companions", "policy_check", "plan", "slabs"),
     ("policy_names", "policy_heads", "policy_layers", "policy_ways", "policy_draft"),
     ("policy_text", "policy_search", "policy_init"),
-    ("staging", "sources", "quantised_layer", "quantised_packed", "quantised_formats", "quantised"),
+    ("journal", "staging", "sources", "quantised_layer", "quantised_packed", "quantised_formats", "quantised"),
     ("reframing",),
     (
         "dcp",

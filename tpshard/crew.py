@@ -14,12 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tpshard.dealing import Share
 from tpshard.errors import InconclusiveError, InputError, PolicyError, StorageError, TpshardError, UsageError
 from tpshard.journal import Portion, difference
 from tpshard.launch import Launch
 from tpshard.manifest import FileRecord
 from tpshard.meeting import Line, LostError, gather, join
+from tpshard.share import Share
 from tpshard.shares import Lot
 
 STOPPING = 60.0  # seconds for the others to leave the files alone, after a failure
