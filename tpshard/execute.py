@@ -74,15 +74,9 @@ class _Run:
     """What the workers share; ``_moved`` guards it, and is notified when something that is waited for has moved on."""
 
     def __init__(
-        self,
-        plan: Plan,
-        staging: Shared,
-        algorithm: str,
-        workers: int,
-        progress: Progress,
-        share: Share | None,
+        self, plan: Plan, staging: Shared, algorithm: str, workers: int, progress: Progress, share: Share | None,
         finished: Finished,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._plan, self._staging, self._progress, self._share = plan, staging, progress, share
         self._finished = finished
         self._new_hasher = hasher_factory(TENSORS)
