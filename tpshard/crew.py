@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -123,8 +124,9 @@ class Crew:
         for line in self._lines.values():
             with contextlib.suppress(LostError):
                 line.say({"stop": _why(error)})
+        end = time.monotonic() + STOPPING
         for listener in self._listeners:
-            listener.join(STOPPING)
+            listener.join(max(0.0, end - time.monotonic()))
 
     def close(self) -> None:
         """The others wait for that after a failure, so that the first can speak before they end."""

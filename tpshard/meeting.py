@@ -207,16 +207,15 @@ def _ipv6() -> list[str]:
 
 
 def _write(path: Path, data: Word) -> None:
-    """Readable by this user alone, and complete from the first look."""
-    new = path.with_name(f"{path.name}-new")
-    new.unlink(missing_ok=True)
-    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    """Readable by this user alone."""
+    path.unlink(missing_ok=True)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     with open(fd, "w", encoding="utf-8") as file:
         json.dump(data, file)
-    new.rename(path)
 
 
 def _read(path: Path) -> list[tuple[str, int, str]]:
+    """Nothing where it is not there, or not complete yet."""
     try:
         data = json.loads(path.read_text("utf-8"))
         return [(str(address), int(data["port"]), str(data["secret"])) for address in data["addresses"]]
