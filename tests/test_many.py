@@ -423,3 +423,44 @@ def test_two_machines(resume: bool, two_hosts: list[str], folder: Path) -> None:
     ended = [process.communicate(timeout=100) for process in processes]
     assert [process.returncode for process in processes] == [0] * 4, ended
     assert tree(folder / "target") == wanted
+
+
+# ---------------------------------------------------------------------------------------------- the model on paper
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_the_model_counts_what_is_read(count: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.bench import model
+    from tpshard.digest import TREE
+    from tpshard.execute import execute
+    from tpshard.share import Share
+    from tpshard.staging import Shared
+
+    plan = plan_of(folder, max_shard_size=100_000)
+    transfers = [transfer for _, transfer in plan.transfers()]
+    names, original, read = [output.name for output in plan.outputs], os.preadv, [0]
+
+    def counted(*words: Any) -> int:
+        found: int = original(*words)
+        read[0] += found
+        return found
+
+    monkeypatch.setattr(os, "preadv", counted)
+    for number, lot in enumerate(deal(plan, [], count)):
+        read[0] = 0
+        staging = Shared(folder / f"share-{number}", names)
+        staging.folder.mkdir()
+        written = execute(plan, staging, TREE, 1, share=Share(*lot))
+        most, own = model._load(plan, transfers, lot)
+        assert read[0] == most
+        heads = [int.from_bytes((staging.folder / file.name).read_bytes()[:8], "little") for file in written.files]
+        assert sum(file.size for file in written.files) == own + sum(heads) + 8 * len(heads)
+
+
+@pytest.mark.sweep
+def test_the_page_has_the_model_s_tables(tmp_path: Path) -> None:
+    from tests.bench import model
+
+    page = (ROOT / "docs/many.md").read_text("utf-8")
+    for limit in (None, 10**9):
+        assert model.report(model.planned(tmp_path, limit)) in page
