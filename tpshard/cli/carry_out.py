@@ -6,7 +6,7 @@ import dataclasses
 
 from tpshard.cli import render
 from tpshard.conversion import Conversion, Options, run
-from tpshard.crew import ToldError
+from tpshard.crew import CODES, INTERRUPTED, ToldError
 from tpshard.summary import summarise
 
 
@@ -47,4 +47,6 @@ def _take_part(conversion: Conversion, options: Options, manner: Manner) -> int:
             run(conversion, options)
     except ToldError as error:
         return error.exit_code
+    except KeyboardInterrupt:
+        return CODES[INTERRUPTED]
     return 0
