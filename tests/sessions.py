@@ -21,7 +21,17 @@ PAGES = [
     ROOT / "README.md",
     *(
         ROOT / "docs" / f"{name}.md"
-        for name in ("tutorial", "verify", "any-model", "grid", "quantised", "lora", "megatron-to-vllm", "keras")
+        for name in (
+            "tutorial",
+            "verify",
+            "any-model",
+            "grid",
+            "quantised",
+            "lora",
+            "megatron-to-vllm",
+            "keras",
+            "many",
+        )
     ),
 ]
 BLOCK = re.compile(r"(?<=^```console\n).*?(?=^```$)", re.MULTILINE | re.DOTALL)

@@ -41,6 +41,7 @@ from tpshard.demo import make_checkpoint
 from tpshard.engines.opening import NATIVE
 from tpshard.errors import InputError, PolicyError, StorageError, TpshardError, UsageError
 from tpshard.execute import execute
+from tpshard.journal import Head
 from tpshard.layout import Shard, Span
 from tpshard.share import Share, Written
 from tpshard.staging import Staging
@@ -175,7 +176,8 @@ def test_shares_of_several_runs_make_the_whole(
         make_checkpoint(tmp_path / "demo")
         source, policy = tmp_path / "demo", "auto"
     planned = plan_split(source, tmp_path / "target", 2 if engine == "vllm" else 3, policy, engine=engine)
-    with Staging(tmp_path / "a") as once, Staging(tmp_path / "b") as staging:
+    head = Head({}, tuple(output.name for output in planned.plan.outputs))
+    with Staging(tmp_path / "a", head) as once, Staging(tmp_path / "b", head) as staging:
         expected = execute(planned.plan, once, "xxh3-128", 2)
         written = []
         for number in range(runs):
@@ -201,7 +203,7 @@ def test_a_share_reads_only_what_it_needs(source: Path, policy: str, tmp_path: P
 
     monkeypatch.setattr(os, "preadv", watched)
     planned = plan_split(source, tmp_path / "target", 3, policy)
-    with Staging(tmp_path / "a") as staging:
+    with Staging(tmp_path / "a", Head({}, (planned.plan.outputs[1].name,))) as staging:
         execute(planned.plan, staging, "xxh3-128", 1, share=Share([planned.plan.outputs[1].name], ()))
         own = load(staging.folder / planned.plan.outputs[1].name)
     whole = load(source / "model.safetensors")

@@ -24,6 +24,7 @@ from tpshard.dcp_writing import metadata_bytes, plan_dcp_safetensors, plan_distc
 from tpshard.errors import InputError
 from tpshard.execute import execute
 from tpshard.header import DTYPE_BITS
+from tpshard.journal import Head
 from tpshard.layout import Box, Layout, Span
 from tpshard.plan import Item, Output, Plain, Plan
 from tpshard.sources import SourceFiles
@@ -81,9 +82,10 @@ def assembled(checkpoint: Checkpoint, name: str) -> bytes:
 
 
 def written(plan: Plan, folder: Path, workers: int = 2) -> Path:
-    with Staging(folder) as staging:
+    beside = getattr(plan.arrangement, "beside", lambda plan: {})(plan)
+    with Staging(folder, Head({}, (*(output.name for output in plan.outputs), *beside))) as staging:
         execute(plan, staging, "xxh3-128", workers)
-        for name, content in getattr(plan.arrangement, "beside", lambda plan: {})(plan).items():
+        for name, content in beside.items():
             staging.write(name, content)
         staging.sync()
         staging.commit()

@@ -39,14 +39,15 @@ FLOORS: list[tuple[str, ...]] = [
     ("grid", "companions", "policy_check", "plan", "slabs"),
     ("policy_names", "policy_heads", "policy_layers", "policy_ways", "policy_draft"),
     ("policy_text", "policy_search", "policy_init"),
-    ("staging", "sources", "quantised_layer", "quantised_packed", "quantised_formats", "quantised"),
+    ("journal", "staging", "sources", "quantised_layer", "quantised_packed", "quantised_formats", "quantised"),
     ("reframing",),
     (
         "dcp",
         "dcp_writing",
     ),
     ("torch_dist",),
-    ("share", "outputs", "dealing", "execute", "carrying", "copies", "conversion"),
+    ("share", "outputs", "dealing", "execute", "carrying", "copies"),
+    ("fingerprint", "shares", "meeting", "crew", "running", "conversion"),
     (
         "engines.__init__",
         "engines.names",

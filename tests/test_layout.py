@@ -17,6 +17,7 @@ from tpshard import execute as execute_module
 from tpshard.checkpoint import Checkpoint, Place, Stored, WeightFile, open_full
 from tpshard.errors import InputError
 from tpshard.header import read_header
+from tpshard.journal import Head
 from tpshard.layout import Box, Layout, Piece, Shard, Span, in_bytes
 from tpshard.plan import Item, Output, Plain, Plan, plan
 from tpshard.slabs import Slab, cut_into_slabs, regions
@@ -391,7 +392,7 @@ def test_files_hold_what_the_oracle_says(
         def convert(checkpoint: Checkpoint, wanted: dict[str, Layout], ranks: int, target: Path) -> None:
             items = tuple(Item(checkpoint.tensors[name], layout) for name, layout in wanted.items())
             work = Plan(checkpoint, items, outputs(wanted, ranks), ranks, Plain(lambda output: {}))
-            with Staging(target) as staging:
+            with Staging(target, Head({}, tuple(output.name for output in work.outputs))) as staging:
                 execute_module.execute(work, staging, "xxh3-128", workers)
                 staging.commit()
 

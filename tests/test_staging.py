@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from tests.build import POLICY, tiny_checkpoint, tree
-from tpshard.conversion import Conversion, run
+from tpshard.conversion import Conversion, Options, run
 from tpshard.convert import plan_merge, plan_split
 from tpshard.errors import StorageError, UsageError
+from tpshard.journal import OTHER, Head
 from tpshard.staging import Staging, check_space
 
 RANKS = 3
@@ -25,6 +26,10 @@ RANKS = 3
 @pytest.fixture
 def conversion(source: Path, policy: str, tmp_path: Path) -> Conversion:
     return plan_split(source, tmp_path / "shards", RANKS, policy)
+
+
+def staging_of(target: Path, *files: str) -> Staging:
+    return Staging(target, Head(dict.fromkeys(OTHER, ""), files))
 
 
 def failing(call: Callable[..., Any], at: int, error: int) -> tuple[Callable[..., Any], list[int]]:
@@ -95,13 +100,23 @@ def test_short_reads_and_writes(source: Path, policy: str, tmp_path: Path, monke
 
 def test_two_writers_for_one_target(conversion: Conversion, tmp_path: Path) -> None:
     """The one that comes second is told, and takes nothing away."""
-    with pytest.raises(UsageError, match="came into use while this ran"), Staging(tmp_path / "shards") as slow:
+    with staging_of(tmp_path / "shards", "a") as slow:
         slow.write("a", b"a")
-        run(conversion)
-        done = tree(tmp_path / "shards")
+        for resume in (False, True):
+            with pytest.raises(UsageError, match="shards: another run is writing it"):
+                run(conversion, Options(resume=resume))
         slow.commit()
-    assert tree(tmp_path / "shards") == done
+    assert tree(tmp_path / "shards") == {"a": b"a"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["shards", "source", "tiny.yaml"]
+
+
+def test_a_target_that_came_into_use(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="came into use while this ran"), staging_of(tmp_path / "x", "a") as staging:
+        staging.write("a", b"a")
+        (tmp_path / "x").mkdir()
+        (tmp_path / "x/theirs").write_text("theirs")
+        staging.commit()
+    assert tree(tmp_path) == {"x/theirs": b"theirs"}
 
 
 def test_an_empty_target_is_taken(conversion: Conversion, tmp_path: Path) -> None:
@@ -111,16 +126,23 @@ def test_an_empty_target_is_taken(conversion: Conversion, tmp_path: Path) -> Non
 
 
 def test_what_lies_in_the_staging_folder_of_others_is_not_touched(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="stop"), Staging(tmp_path / "x") as staging:
+    with pytest.raises(RuntimeError, match="stop"), staging_of(tmp_path / "x", "mine") as staging:
         staging.write("mine", b"")
         (staging.folder / "theirs").write_text("")
         raise RuntimeError("stop")
     assert (staging.folder / "theirs").exists()
     assert not (staging.folder / "mine").exists()
+    with pytest.raises(UsageError, match="theirs: is not from tpshard"), staging_of(tmp_path / "x", "mine"):
+        pass
+    assert (staging.folder / "theirs").exists()
+    (staging.folder / "theirs").unlink()
+    with staging_of(tmp_path / "x", "mine") as staging:
+        staging.commit()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x"]
 
 
 def test_a_file_is_written_once(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="File exists"), Staging(tmp_path / "x") as staging:
+    with pytest.raises(StorageError, match="File exists"), staging_of(tmp_path / "x", "a") as staging:
         staging.write("a", b"1")
         staging.write("a", b"2")
     assert not list(tmp_path.iterdir())
@@ -185,14 +207,17 @@ def test_interrupted(number: signal.Signals, at: int, workers: int, tmp_path: Pa
 
 
 def test_killed(tmp_path: Path) -> None:
-    """Nothing can clean up then: the hidden staging folder stays, the target is absent, and the next run works."""
+    """Nothing can clean up then: the hidden staging folder stays, the target is absent, and the next run, another one
+    here, replaces it."""
     tiny_checkpoint(tmp_path / "source")
     (tmp_path / "tiny.yaml").write_text(POLICY)
     done = signalled(tmp_path, signal.SIGKILL, 7, 2)
     assert done.returncode == -signal.SIGKILL
     assert not (tmp_path / "shards").exists()
-    (left,) = [path for path in tmp_path.iterdir() if path.name.startswith(".shards.tpshard-")]
+    left, journal = sorted(path for path in tmp_path.iterdir() if path.name.startswith(".shards.tpshard-"))
+    assert journal.name == f"{left.name}.journal"
     assert not (left / "tpshard.json").exists()
-    run(plan_split(tmp_path / "source", tmp_path / "shards", RANKS, str(tmp_path / "tiny.yaml")))
-    assert (tmp_path / "shards/tpshard.json").exists()
-    assert left.exists(), "not this run's to delete"
+    run(plan_split(tmp_path / "source", tmp_path / "shards", 1, str(tmp_path / "tiny.yaml")))
+    run(plan_split(tmp_path / "source", tmp_path / "other", 1, str(tmp_path / "tiny.yaml")))
+    assert tree(tmp_path / "shards") == tree(tmp_path / "other")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "shards", "source", "tiny.yaml"]

@@ -195,15 +195,21 @@ def test_launchers_and_their_variables() -> None:
     assert launched({}) is None
     assert launched({"RANK": "0", "WORLD_SIZE": "1"}) is None
     torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "1234"}
-    assert launched(torchrun) == Launch(3, 4, 1, "node0", 1234)
+    assert launched(torchrun) == Launch(3, 4, 1, "node0", 1234, 1, "node0 1234")
     mpirun = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
     found = launched(mpirun | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"})
     assert found is not None
     assert (found.rank, found.size, found.address) == (1, 2, "127.0.0.1")
+    assert (found.local_size, found.job) == (2, "")
     srun = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "0", "MASTER_ADDR": "node0"}
-    found = launched(srun)
+    found = launched(srun | {"SLURM_STEP_TASKS_PER_NODE": "3,1", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"})
     assert found is not None
-    assert (found.rank, found.size, found.local_rank) == (1, 4, 0)
+    assert (found.rank, found.size, found.local_rank, found.local_size, found.job) == (1, 4, 0, 3, "7 0")
+    horovodrun = {f"HOROVOD_{name}": str(value) for name, value in (("RANK", 2), ("SIZE", 4), ("LOCAL_SIZE", 2))}
+    horovodrun |= {"HOROVOD_GLOO_RENDEZVOUS_ADDR": "10.0.0.1", "HOROVOD_GLOO_RENDEZVOUS_PORT": "4242"}
+    found = launched(horovodrun | {"HOROVOD_LOCAL_RANK": "0"} | mpirun)  # which may have started it
+    assert found is not None
+    assert (found.rank, found.size, found.local_size, found.job) == (2, 4, 2, "10.0.0.1 4242")
     assert launched({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) is None  # a batch script, not srun
 
 
@@ -213,9 +219,16 @@ def test_launchers_and_their_variables() -> None:
         ({"RANK": "4", "WORLD_SIZE": "4", "MASTER_ADDR": "a"}, "RANK is 4, WORLD_SIZE is 4"),
         ({"RANK": "x", "WORLD_SIZE": "4", "MASTER_ADDR": "a"}, "RANK is 'x', not a number"),
         ({"RANK": "1", "WORLD_SIZE": "-4"}, "WORLD_SIZE is '-4'"),
-        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, "MASTER_ADDR"),
     ],
 )
 def test_variables_that_make_no_sense(environment: dict[str, str], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         launched(environment)
+
+
+def test_verify_has_to_be_told_where_to_meet() -> None:
+    several = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+    launch = launched(several)
+    assert launch is not None
+    with pytest.raises(UsageError, match="MASTER_ADDR does not say where to meet"):
+        _ = launch.meeting

@@ -51,6 +51,7 @@ def split(
     max_shard_size: int | None = None,
     digest: str = DEFAULT_DIGEST,
     workers: int = 0,
+    resume: bool = False,
     progress: Progress = lambda count: None,
 ) -> Done:
     """Cut a full checkpoint for ``pp`` stages of ``ep`` groups of ``tp`` ranks into the new folder ``target``.
@@ -61,10 +62,11 @@ def split(
     files the source has, where that is not clear; ``config``: its config.json, where it has none.
 
     ``policy``: ``auto``, a built-in name or a YAML file; ``base``: the model of a LoRA adapter, its folder or its
-    config.json. ``max_shard_size`` in bytes; ``progress`` is called with the bytes just read. Raises TpshardError;
-    the target is then as it was before.
+    config.json. ``max_shard_size`` in bytes; ``progress`` is called with the bytes just read; ``resume``: go on
+    where a run was interrupted, and keep what is finished if this one is. Raises TpshardError; the target is then as it
+    was before.
     """
-    options = Options(max_shard_size, digest, workers, progress)
+    options = Options(max_shard_size, digest, workers, progress, resume)
     grid = Grid(Mesh(tp=tp, ep=ep, pp=pp), expert_parallel, stages)
     if base is not None:
         if engine != NATIVE:
@@ -85,11 +87,12 @@ def merge(
     config: Folder | None = None,
     max_shard_size: int | None = None,
     workers: int = 0,
+    resume: bool = False,
     progress: Progress = lambda count: None,
 ) -> Done:
     """Rebuild the full checkpoint from a folder of ranks, tpshard's or an engine's (as in ``split``); every tensor must
     have its recorded digest."""
-    options = Options(max_shard_size=max_shard_size, workers=workers, progress=progress)
+    options = Options(max_shard_size=max_shard_size, workers=workers, progress=progress, resume=resume)
     given = _source(source, source_engine, config)
     return conversion.run(convert.plan_merge(given, Path(target), options), options)
 
@@ -110,11 +113,12 @@ def reshard(
     manifest: bool = True,
     max_shard_size: int | None = None,
     workers: int = 0,
+    resume: bool = False,
     progress: Progress = lambda count: None,
 ) -> Done:
     """Recut a folder of ranks for other ranks, or another engine (as in ``split``), by the policy it was cut with
     unless another is given."""
-    options = Options(max_shard_size=max_shard_size, workers=workers, progress=progress)
+    options = Options(max_shard_size=max_shard_size, workers=workers, progress=progress, resume=resume)
     grid = Grid(Mesh(tp=tp, ep=ep, pp=pp), expert_parallel, stages)
     given = _source(source, source_engine, config)
     planned = convert.plan_reshard(given, Path(target), grid, policy, options, engine)

@@ -6,10 +6,10 @@ from tpshard.checkpoint import Checkpoint
 from tpshard.digest import hasher_factory
 from tpshard.errors import InputError
 from tpshard.manifest import CarriedRecord
-from tpshard.staging import Staging, storage_errors
+from tpshard.staging import Shared, storage_errors
 
 
-def carry(source: Checkpoint, name: str, staging: Staging, algorithm: str) -> CarriedRecord:
+def carry(source: Checkpoint, name: str, staging: Shared, algorithm: str) -> CarriedRecord:
     """A file of the source's folder. Raises InputError where it is not as the source's manifest has it."""
     path = source.folder / name
     changed = InputError(f"{path}: was changed since the shards were written", hint="tpshard verify tells more")
@@ -25,7 +25,7 @@ def carry(source: Checkpoint, name: str, staging: Staging, algorithm: str) -> Ca
     return written_beside(name, content, staging, algorithm)
 
 
-def written_beside(name: str, content: bytes, staging: Staging, algorithm: str) -> CarriedRecord:
+def written_beside(name: str, content: bytes, staging: Shared, algorithm: str) -> CarriedRecord:
     """A file that is not in the source's folder."""
     staging.write(name, content)
     return _record_of(name, content, algorithm)

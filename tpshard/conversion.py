@@ -13,8 +13,10 @@ from tpshard.carrying import carry, written_beside
 from tpshard.copies import require_equal_copies
 from tpshard.digest import TENSORS, TREE
 from tpshard.errors import UsageError
-from tpshard.execute import execute
+from tpshard.fingerprint import fingerprint
 from tpshard.folder import MANIFEST_NAME, safetensors_names
+from tpshard.journal import Head
+from tpshard.launch import Launch
 from tpshard.layout import Layout
 from tpshard.library import policy_as_data
 from tpshard.manifest import CarriedRecord, Manifest, SourceFile, TensorRecord, manifest_bytes
@@ -22,25 +24,33 @@ from tpshard.mesh import Mesh
 from tpshard.plan import Item, Plain, Plan, arrange, bytes_of_ranks
 from tpshard.policy import Policy
 from tpshard.roles import Role
+from tpshard.running import Task, leading, take_part
 from tpshard.share import Written
-from tpshard.staging import Staging, check_space, check_target
+from tpshard.staging import Staging, check_space, check_target, kept_for_later
 
 DEFAULT_MAX_SHARD_SIZE = 5 * 10**9
 DEFAULT_DIGEST = "xxh3-128"
+INDEX_NAME = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How to write. ``max_shard_size`` in bytes (None: the default); ``progress`` is called with bytes read."""
+    """How to write. ``max_shard_size`` in bytes (None: the default); ``progress`` is called with bytes read.
+    ``resume``: whether to go on from where another run was interrupted, and to keep what is finished if this one is.
+    ``launch``: this process's place among several, which wait for one another for ``timeout`` seconds at the start."""
 
     max_shard_size: int | None = None
     digest: str = DEFAULT_DIGEST
     workers: int = 0
     progress: Callable[[int], object] = lambda count: None
+    resume: bool = False
+    launch: Launch | None = None
+    timeout: float = 600.0
 
     @property
     def threads(self) -> int:
-        return self.workers or min(8, os.cpu_count() or 1)
+        cores = (os.cpu_count() or 1) // (self.launch.local_size if self.launch else 1)
+        return self.workers or max(1, min(8, cores))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +78,7 @@ class Conversion:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What a conversion wrote; seconds are wall time, fsync apart."""
+    """What a conversion wrote; seconds are wall time, fsync apart. ``resumed``: files that were finished before."""
 
     written: Written
     tensors: int
@@ -76,6 +86,7 @@ class Done:
     bytes_written: int
     seconds: float
     sync_seconds: float
+    resumed: int = 0
 
 
 def without_manifest(conversion: Conversion) -> Conversion:
@@ -89,32 +100,50 @@ def run(conversion: Conversion, options: Options = Options()) -> Done:
     """Carry out a planned conversion. The target is complete afterwards, or as it was before."""
     plan, target = conversion.plan, conversion.target
     check_target(target, plan.source.place)
-    check_space(target, conversion.disk_needed)
     begin = time.monotonic()
     origin = plan.source.manifest
     if origin is not None and not origin.recorded:
         require_equal_copies(plan.source)
-    algorithm = _file_digest(conversion, options)
-    with Staging(target) as staging:
-        written = execute(plan, staging, algorithm, options.threads, options.progress)
-        carried = tuple(carry(plan.source, name, staging, algorithm) for name in plan.source.carried)
+    task = _task(conversion, options, _file_digest(conversion, options))
+    if options.launch is not None and options.launch.rank > 0:
+        written = take_part(task, target)
+        return _done(conversion, written, begin, time.monotonic())
+    staging = Staging(target, task.head, options.resume)
+    with kept_for_later(staging), leading(task, staging) as lead:
+        finished = [file for portion in lead.kept for file in portion.files]
+        check_space(target, conversion.disk_needed - sum(file.size for file in finished))
+        written = lead.write()
+        carried = tuple(carry(plan.source, name, staging, task.algorithm) for name in plan.source.carried)
         beside = conversion.beside.items()
-        carried += tuple(written_beside(name, content, staging, algorithm) for name, content in beside)
-        copied = time.monotonic()
+        carried += tuple(written_beside(name, content, staging, task.algorithm) for name, content in beside)
         staging.sync()
         if conversion.policy is None:
             _write_index(plan, staging)
         elif conversion.manifest:
-            staging.write(MANIFEST_NAME, manifest_bytes(_manifest(conversion, written, carried, algorithm)))
+            staging.write(MANIFEST_NAME, manifest_bytes(_manifest(conversion, written, carried, task.algorithm)))
         staging.commit()
-    end = time.monotonic()
+    return _done(conversion, written, begin, lead.copied, len(finished))
+
+
+def _task(conversion: Conversion, options: Options, algorithm: str) -> Task:
+    plan = conversion.plan
+    prints = fingerprint(
+        plan, conversion.policy, conversion.roles, conversion.mesh, conversion.beside, conversion.engine, algorithm
+    )
+    names = [*(output.name for output in plan.outputs), *plan.source.carried, *conversion.beside]
+    head = Head(prints, (*names, MANIFEST_NAME, INDEX_NAME))
+    return Task(plan, head, algorithm, options.threads, options.progress, options.launch, options.timeout)
+
+
+def _done(conversion: Conversion, written: Written, begin: float, copied: float, resumed: int = 0) -> Done:
     return Done(
         written=written,
-        tensors=len(plan.items),
-        bytes_read=sum(file.size for file in plan.source.files),
+        tensors=len(conversion.plan.items),
+        bytes_read=sum(file.size for file in conversion.plan.source.files),
         bytes_written=sum(record.size for record in written.files),
         seconds=copied - begin,
-        sync_seconds=end - copied,
+        sync_seconds=time.monotonic() - copied,
+        resumed=resumed,
     )
 
 
@@ -196,4 +225,4 @@ def _write_index(plan: Plan, staging: Staging) -> None:
     total = sum(map(sum, bytes_of_ranks(plan.items)))
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     content = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
-    staging.write("model.safetensors.index.json", content.encode("utf-8"))
+    staging.write(INDEX_NAME, content.encode("utf-8"))

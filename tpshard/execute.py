@@ -23,27 +23,30 @@ from tpshard.plan import Item, Output, Plan, Targets, Transfer
 from tpshard.share import Share, Written
 from tpshard.slabs import Bytes, Contact, KnownSlabs, Rooms
 from tpshard.sources import SourceFiles
-from tpshard.staging import Staging
+from tpshard.staging import Shared
 
 SLAB = 4 * 2**20  # bytes: smaller costs more calls, larger more cache; python -m tests.bench
 
 Progress = Callable[[int], object]
+Finished = Callable[[FileRecord, Sequence[str], Sequence[tuple[str | None, ...]]], object]
 
 
 def execute(
     plan: Plan,
-    staging: Staging,
+    staging: Shared,
     algorithm: str,
     workers: int,
     progress: Progress = lambda count: None,
     share: Share | None = None,
+    finished: Finished = lambda record, digests, shards: None,
 ) -> Written:
     """Write all outputs of a plan, or a share of them, into the staging folder; nothing is fsynced yet.
 
     ``algorithm``: of the files' digests. Where the source has a manifest, every rebuilt tensor must have the digest
-    recorded there. Raises InputError, StorageError.
+    recorded there. ``finished`` is called with each complete file's record and all items' digests, of which those of
+    its part are known. Raises InputError, StorageError.
     """
-    run = _Run(plan, staging, algorithm, workers, progress, share)
+    run = _Run(plan, staging, algorithm, workers, progress, share, finished)
     threads = [threading.Thread(target=run.work, args=(number,), daemon=True) for number in range(1, workers)]
     for thread in threads:
         thread.start()
@@ -71,9 +74,11 @@ class _Run:
     """What the workers share; ``_moved`` guards it, and is notified when something that is waited for has moved on."""
 
     def __init__(
-        self, plan: Plan, staging: Staging, algorithm: str, workers: int, progress: Progress, share: Share | None
-    ) -> None:
+        self, plan: Plan, staging: Shared, algorithm: str, workers: int, progress: Progress, share: Share | None,
+        finished: Finished,
+    ) -> None:  # fmt: skip
         self._plan, self._staging, self._progress, self._share = plan, staging, progress, share
+        self._finished = finished
         self._new_hasher = hasher_factory(TENSORS)
         self._new_file_hasher = None if algorithm == TREE else hasher_factory(algorithm)
         self._parts: list[Part] = []
@@ -313,7 +318,9 @@ class _Run:
         if not digest:
             digest = tree_digest(head, self._digests_of(output))
         with self._moved:
-            self.records.append(FileRecord(output.name, output.rank, output.part, size, digest))
+            record = FileRecord(output.name, output.rank, output.part, size, digest)
+            self.records.append(record)
+        self._finished(record, self.digests, self.shards)
 
     def _digests_of(self, output: Output) -> Iterator[str]:
         """Of the tensors of a file, each as the rank holds it."""

@@ -14,7 +14,7 @@ from tpshard.digest import Hasher
 from tpshard.errors import StorageError
 from tpshard.frames import Frame
 from tpshard.slabs import Rooms
-from tpshard.staging import Staging, storage_errors
+from tpshard.staging import Shared, storage_errors
 from tpshard.views import View, blocks
 
 READ_BACK = 2**20  # bytes
@@ -53,7 +53,7 @@ class OutputFile:
     """A file in a folder. What is not written is a hole, and reads as zeros. A digest of the whole file is taken at the
     end, from what the page cache still has: several files are on their way at a time, and none of them in order."""
 
-    def __init__(self, staging: Staging, name: str, hasher: Hasher | None) -> None:
+    def __init__(self, staging: Shared, name: str, hasher: Hasher | None) -> None:
         self._hasher = hasher
         self._file = staging.create(name, buffering=0)
         self._frame = Frame((), (), 0)

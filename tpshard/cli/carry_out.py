@@ -6,6 +6,7 @@ import dataclasses
 
 from tpshard.cli import render
 from tpshard.conversion import Conversion, Options, run
+from tpshard.crew import CODES, INTERRUPTED, ToldError
 from tpshard.summary import summarise
 
 
@@ -19,15 +20,33 @@ class Manner:
     dry_run: bool = False
 
 
-def carry_out(command: str, conversion: Conversion, options: Options, manner: Manner) -> None:
+def carry_out(command: str, conversion: Conversion, options: Options, manner: Manner) -> int:
+    """The exit code. Of several processes the first speaks for all."""
+    if options.launch is not None and options.launch.rank > 0:
+        return _take_part(conversion, options, manner)
     render.warn(conversion.warnings, manner.strict, manner.quiet)
     summary = summarise(conversion)
     done = None
     if not manner.dry_run:
-        total = sum(file.size for file in conversion.plan.source.files)
+        total = sum(file.size for file in conversion.plan.source.files) // (
+            options.launch.size if options.launch else 1
+        )
         with render.progress(total, command, manner.quiet or manner.as_json) as update:
             done = run(conversion, dataclasses.replace(options, progress=update))
     if manner.as_json:
         render.emit(render.done_json(command, conversion, done, summary))
     elif not manner.quiet:
         render.say(render.done_text(command, conversion, done) if done else render.plan_text(conversion, summary))
+    return 0
+
+
+def _take_part(conversion: Conversion, options: Options, manner: Manner) -> int:
+    render.warn(conversion.warnings, manner.strict, quiet=True)
+    try:
+        if not manner.dry_run:
+            run(conversion, options)
+    except ToldError as error:
+        return error.exit_code
+    except KeyboardInterrupt:
+        return CODES[INTERRUPTED]
+    return 0

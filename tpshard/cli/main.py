@@ -116,8 +116,9 @@ def _run(arguments: list[str]) -> int:
         context = getattr(error, "ctx", None)
         hint = f"see: {context.command_path} --help" if context else None
         return _fail(UsageError(error.format_message().replace("\n", " "), hint=hint), arguments)
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("tpshard: interrupted; nothing was left behind", err=True)
+    except (KeyboardInterrupt, click.Abort) as error:
+        said = error.__cause__ if isinstance(error, click.Abort) else error
+        click.echo(f"tpshard: interrupted; {str(said or '') or 'nothing was left behind'}", err=True)
         return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -76,6 +76,16 @@ digest = click.option(
     "--digest", type=click.Choice(ALGORITHMS), default="xxh3-128", show_default=True, help="For tensors and files."
 )
 strict = click.option("--strict", is_flag=True, help="Make warnings errors, e.g. a rule that matches nothing.")
+resume = click.option(
+    "--resume", is_flag=True, help="Go on where a run was interrupted; keep what is finished if this one is."
+)
+timeout = click.option(
+    "--timeout",
+    type=click.FloatRange(min=1),
+    default=600.0,
+    metavar="SECONDS",
+    help="How long several processes wait for one another.",
+)
 dry_run = click.option("--dry-run", is_flag=True, help="Print the plan; write nothing.")
 
 

@@ -105,12 +105,13 @@ def done_text(verb: str, conversion: Conversion, done: Done) -> str:
     policy = f", policy {conversion.policy.name}" if conversion.policy else ""
     ranks = f"{plan.ranks} ranks" if conversion.policy else "full checkpoint"
     files = f"{len(done.written.files)} file{'s' if len(done.written.files) > 1 else ''}"
-    rate = size(done.bytes_read / done.seconds) if done.seconds else "-"
+    rate = f" ({size(done.bytes_read / done.seconds)}/s)" if done.seconds and not done.resumed else ""
+    resumed = f"; {done.resumed} of the files were finished before" if done.resumed else ""
     return (
         f"{verb} {plan.source.place} -> {conversion.target}\n"
         f"  {done.tensors} tensors, {size(done.bytes_read)} read; {ranks}, {files}, "
-        f"{size(done.bytes_written)} written{policy}\n"
-        f"  {done.seconds:.2f} s ({rate}/s), then {done.sync_seconds:.2f} s until the disk had it"
+        f"{size(done.bytes_written)} written{policy}{resumed}\n"
+        f"  {done.seconds:.2f} s{rate}, then {done.sync_seconds:.2f} s until the disk had it"
     )
 
 
@@ -124,6 +125,7 @@ def done_json(command: str, conversion: Conversion, done: Done | None, summary: 
             "bytes_written": done.bytes_written,
             "seconds": round(done.seconds, 3),
             "sync_seconds": round(done.sync_seconds, 3),
+            "resumed": done.resumed,
         }
     return {
         "command": command,

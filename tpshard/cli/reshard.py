@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -11,6 +12,7 @@ from tpshard.cli.carry_out import Manner, carry_out
 from tpshard.conversion import Options, without_manifest
 from tpshard.convert import plan_reshard
 from tpshard.engines.opening import NATIVE, Source
+from tpshard.launch import launched
 from tpshard.mesh import Grid
 
 
@@ -23,7 +25,7 @@ from tpshard.mesh import Grid
 @click.option("--to", "engine", metavar="E", help="Whose files are written; default: tpshard's own.", default=NATIVE)
 @options.no_manifest
 @options.apply(options.max_shard_size, options.workers, options.strict, options.dry_run)
-@options.apply(options.as_json, options.quiet)
+@options.apply(options.resume, options.timeout, options.as_json, options.quiet)
 def reshard(
     source: Path,
     target: Path,
@@ -37,9 +39,11 @@ def reshard(
     workers: int | None,
     strict: bool,
     dry_run: bool,
+    resume: bool,
+    timeout: float,
     as_json: bool,
     quiet: bool,
-) -> None:
+) -> int:
     """Recut the shard folder SRC for N ranks, or for another engine, straight from shards to shards.
 
     Every tensor passes its recorded digest on the way. The result is the same as splitting the full checkpoint.
@@ -48,8 +52,9 @@ def reshard(
     tpshard reshard llama-8b-tp8 llama-8b-tp4 --tp 4
     tpshard reshard megatron-tp4 llama-8b-vllm --tp 2 --to vllm
     """
-    chosen = Options(max_shard_size=max_shard_size, workers=workers or 0)
+    chosen = Options(max_shard_size=max_shard_size, workers=workers or 0, resume=resume)
+    chosen = replace(chosen, launch=launched(), timeout=timeout)
     ranks = Source.given(source, source_engine, config)
     conversion = plan_reshard(ranks, target, grid, policy, chosen, engine)
     conversion = without_manifest(conversion) if no_manifest else conversion
-    carry_out("reshard", conversion, chosen, Manner(quiet, as_json, strict, dry_run))
+    return carry_out("reshard", conversion, chosen, Manner(quiet, as_json, strict, dry_run))

@@ -29,13 +29,7 @@ FORMAT, VERSION = "tpshard-verify", 1  # of --json: docs/verify.schema.json
 @click.option("--model", "factory", metavar="PKG.MOD:FUNC", help="Makes the model, where transformers cannot.")
 @click.option("--isolate", is_flag=True, help="List every faulty layer: ranks go on from the right numbers.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="Where the model runs.")
-@click.option(
-    "--timeout",
-    type=click.FloatRange(min=1),
-    default=600.0,
-    metavar="SECONDS",
-    help="How long several processes wait for one another.",
-)
+@options.timeout
 @click.option("--junit", type=options.FILE, metavar="FILE", help="Write the report as JUnit XML, too.")
 @options.apply(options.workers, options.as_json, options.quiet)
 def verify(

@@ -84,17 +84,18 @@ def connected(launch: Launch, device: str, timeout: float) -> Iterator[Group]:
     on_gpu = device == "cuda" and torch.cuda.device_count() > launch.local_rank
     if on_gpu:
         torch.cuda.set_device(launch.local_rank)
-    host = f"[{launch.address}]" if ":" in launch.address else launch.address
+    address, port = launch.meeting
+    host = f"[{address}]" if ":" in address else address
     try:
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
-            init_method=f"tcp://{host}:{launch.port}",
+            init_method=f"tcp://{host}:{port}",
             rank=launch.rank,
             world_size=launch.size,
             timeout=span,
         )
     except RuntimeError as error:
-        lost(launch.rank, launch.size, f"the others at {launch.address}:{launch.port}", error)
+        lost(launch.rank, launch.size, f"the others at {address}:{port}", error)
     try:
         yield Group(launch)
     finally:
