@@ -18,6 +18,8 @@ FLOORS: list[tuple[str, ...]] = [
     ("__init__", "errors"),
     ("layout", "views", "expressions", "patterns", "document", "digest", "roles", "launch", "mesh"),
     ("pickle_machine", "pickles", "zips", "chunks"),
+    ("stores.__init__", "stores.store", "stores.failures", "stores.path", "stores.ranges"),
+    ("stores.objects", "stores.filesystems"),
     ("stages", "header", "frames", "file_digest", "torch_tensors", "torch_files", "torch_state"),
     ("pickle_writing", "torch_frames", "partition", "folder", "manifest", "manifest_parsing", "adapter"),
     (
@@ -46,7 +48,7 @@ FLOORS: list[tuple[str, ...]] = [
         "dcp_writing",
     ),
     ("torch_dist",),
-    ("share", "outputs", "dealing", "execute", "carrying", "copies", "conversion"),
+    ("share", "outputs", "stores.writing", "dealing", "execute", "carrying", "copies", "conversion"),
     (
         "engines.__init__",
         "engines.names",

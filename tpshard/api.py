@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from os import PathLike
-from pathlib import Path
 
 from tpshard import conversion, convert
 from tpshard.checkpoint import Checkpoint
@@ -24,6 +23,7 @@ from tpshard.conversion import DEFAULT_DIGEST, Done, Options
 from tpshard.engines.opening import NATIVE, Source, open_any
 from tpshard.errors import UsageError
 from tpshard.mesh import Grid, Mesh
+from tpshard.stores.path import place
 from tpshard.verify.report import Report
 from tpshard.verify.request import Level, Request
 from tpshard.verify.run import names_on_disk
@@ -69,11 +69,11 @@ def split(
     if base is not None:
         if engine != NATIVE:
             raise UsageError("an adapter is cut for tpshard's own shards only", hint="leave out engine or base")
-        adapter, model = Path(source), Path(base)
-        planned = convert.plan_adapter_split(adapter, Path(target), grid, model, policy, options, names_on_disk)
+        adapter, model = place(source), place(base)
+        planned = convert.plan_adapter_split(adapter, place(target), grid, model, policy, options, names_on_disk)
         return conversion.run(planned, options)
     given = _source(source, source_engine, config)
-    planned = convert.plan_split(given, Path(target), grid, policy, options, engine)
+    planned = convert.plan_split(given, place(target), grid, policy, options, engine)
     return conversion.run(planned if manifest else conversion.without_manifest(planned), options)
 
 
@@ -91,7 +91,7 @@ def merge(
     have its recorded digest."""
     options = Options(max_shard_size=max_shard_size, workers=workers, progress=progress)
     given = _source(source, source_engine, config)
-    return conversion.run(convert.plan_merge(given, Path(target), options), options)
+    return conversion.run(convert.plan_merge(given, place(target), options), options)
 
 
 def reshard(
@@ -117,7 +117,7 @@ def reshard(
     options = Options(max_shard_size=max_shard_size, workers=workers, progress=progress)
     grid = Grid(Mesh(tp=tp, ep=ep, pp=pp), expert_parallel, stages)
     given = _source(source, source_engine, config)
-    planned = convert.plan_reshard(given, Path(target), grid, policy, options, engine)
+    planned = convert.plan_reshard(given, place(target), grid, policy, options, engine)
     return conversion.run(planned if manifest else conversion.without_manifest(planned), options)
 
 
@@ -142,11 +142,11 @@ def verify(
     adapter, its model. ``engine``: whose folder it is, where that is not clear; ``config``: its config.json, where it
     has none.
     """
-    source = Path(against) if against is not None else None
-    of_adapter = Path(base) if base is not None else None
+    source = place(against) if against is not None else None
+    of_adapter = place(base) if base is not None else None
     request = Request(
-        Path(folder), source, level, model, workers, progress, isolate, device, base=of_adapter, engine=engine,
-        config=Path(config) if config is not None else None,
+        place(folder), source, level, model, workers, progress, isolate, device, base=of_adapter, engine=engine,
+        config=place(config) if config is not None else None,
     )  # fmt: skip
     return run_checks(request)
 
@@ -157,4 +157,4 @@ def inspect(folder: Folder, *, engine: str | None = None, config: Folder | None 
 
 
 def _source(folder: Folder, engine: str | None, config: Folder | None) -> Source:
-    return Source.given(Path(folder), engine, Path(config) if config is not None else None)
+    return Source.given(place(folder), engine, place(config) if config is not None else None)

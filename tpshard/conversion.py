@@ -24,9 +24,12 @@ from tpshard.policy import Policy
 from tpshard.roles import Role
 from tpshard.share import Written
 from tpshard.staging import Staging, check_space, check_target
+from tpshard.stores.path import StorePath
+from tpshard.stores.writing import staging_of
 
 DEFAULT_MAX_SHARD_SIZE = 5 * 10**9
 DEFAULT_DIGEST = "xxh3-128"
+IN_STORE = 16  # workers, each with 4 MiB on its way; more were no faster (docs/stores.md)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,10 @@ class Options:
     @property
     def threads(self) -> int:
         return self.workers or min(8, os.cpu_count() or 1)
+
+    def threads_for(self, *folders: Path) -> int:
+        """More where a folder is in a store: most of them wait."""
+        return self.workers or (IN_STORE if any(isinstance(f, StorePath) for f in folders) else self.threads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +102,9 @@ def run(conversion: Conversion, options: Options = Options()) -> Done:
     if origin is not None and not origin.recorded:
         require_equal_copies(plan.source)
     algorithm = _file_digest(conversion, options)
-    with Staging(target) as staging:
-        written = execute(plan, staging, algorithm, options.threads, options.progress)
+    with staging_of(target, plan.ranks) as staging:
+        workers = options.threads_for(plan.source.folder, target)
+        written = execute(plan, staging, algorithm, workers, options.progress)
         carried = tuple(carry(plan.source, name, staging, algorithm) for name in plan.source.carried)
         beside = conversion.beside.items()
         carried += tuple(written_beside(name, content, staging, algorithm) for name, content in beside)

@@ -24,6 +24,7 @@ from tpshard.share import Share, Written
 from tpshard.slabs import Bytes, Contact, KnownSlabs, Rooms
 from tpshard.sources import SourceFiles
 from tpshard.staging import Staging
+from tpshard.stores.writing import new_output
 
 SLAB = 4 * 2**20  # bytes: smaller costs more calls, larger more cache; python -m tests.bench
 

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import BinaryIO
 
 from tpshard.errors import StorageError, UsageError
+from tpshard.stores.path import StorePath
 
 MARGIN = 16 * 2**20  # file systems need room for their own records
 
@@ -49,12 +50,14 @@ def check_target(target: Path, source: Path) -> None:
     resolved, inside = target.resolve(), source.resolve()
     if resolved == inside or inside in resolved.parents:
         raise UsageError(f"{target}: lies inside the source {source}", hint="give a folder elsewhere")
-    if not target.resolve().parent.is_dir():
+    if not isinstance(target, StorePath) and not target.resolve().parent.is_dir():
         raise UsageError(f"{target.parent}: is not a folder", hint="make it first")
 
 
 def check_space(target: Path, needed: int) -> None:
     """Refuse where the file system cannot hold ``needed`` bytes. A hint only: quotas and others' writes are unseen."""
+    if isinstance(target, StorePath):
+        return
     parent = target.resolve().parent
     with storage_errors(parent):
         free = shutil.disk_usage(parent).free

@@ -1,0 +1,62 @@
+"""What went wrong in a store, in one line: the libraries' own errors put into words.
+
+Libraries raise one kind of error for nearly everything; what tells is the store's own code (``NoSuchBucket``), or else
+the status of the answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+
+from tpshard.errors import StorageError, TpshardError, printable
+
+_ACCESS = "which keys and tokens are read: docs/stores.md"
+# Codes of S3, of Azure, and words of the libraries, in the order in which they are looked for.
+_SAID = (
+    (r"RequestTimeTooSkewed|RequestExpired", "the store refuses this machine's clock", "set the clock, then run again"),
+    (r"NoSuchBucket|ContainerNotFound|The specified bucket does not exist|bucket.*notFound",
+     "there is no such bucket", "is the name right, and the endpoint?"),
+    (r"RepositoryNotFound|Repository Not Found", "there is no such repository, or no access to it", _ACCESS),
+    (r"InvalidAccessKeyId|SignatureDoesNotMatch|AuthenticationFailed|InvalidToken|ExpiredToken|invalid_grant",
+     "the store refuses the credentials", _ACCESS),
+    (r"169\.254\.169\.254|metadata\.google|DefaultCredentialsError|default credentials were not found|"
+     r"[Mm]issing.*[Cc]redential|IDENTITY_HEADER|Account must be specified|MissingAccount",
+     "no credentials were found", _ACCESS),
+    (r"PermanentRedirect|AuthorizationHeaderMalformed|IllegalLocationConstraint",
+     "the bucket is in another region", "set AWS_REGION"),
+    (r"PreconditionFailed|ConditionNotMet|status code: 412|PreconditionError", "was changed while it was being read",
+     "run again"),
+    (r"InvalidRange|416 |Range Not Satisfiable", "the store refuses the range that was asked for",
+     "is the object shorter than it was?"),
+    (r"SlowDown|ServerBusy|429 |503 Service", "the store is too busy", "run again later"),
+    (r"AccessDenied|AuthorizationFailure|AuthorizationPermissionMismatch|403|Forbidden|PermissionDenied",
+     "the store denies access", _ACCESS),
+    (r"401|Unauthorized|Unauthenticated|Anonymous caller", "the store wants credentials", _ACCESS),
+    (r"NoSuchKey|BlobNotFound|404|NotFound|No such object", "is not there any more", "run again"),
+    (r"error sending request|Connection refused|ConnectError|Cannot connect|ClientConnector|dns error|"
+     r"timed out|Timeout",
+     "the store cannot be reached", "is the endpoint right?"),
+)  # fmt: skip
+
+
+def failure(place: object, error: BaseException) -> StorageError:
+    """A library's error as one of ours."""
+    text = f"{type(error).__name__}: {error}"
+    for pattern, what, hint in _SAID:
+        if re.search(pattern, text):
+            return StorageError(f"{place}: {what}", hint=hint)
+    first = str(error).strip().partition("\n")[0] or type(error).__name__
+    return StorageError(f"{place}: the store failed: {printable(first, 300)}", hint="run again")
+
+
+@contextlib.contextmanager
+def store_errors(place: object) -> Iterator[None]:
+    """Whatever a library raises as StorageError."""
+    try:
+        yield
+    except TpshardError:
+        raise
+    except Exception as error:
+        raise failure(place, error) from None

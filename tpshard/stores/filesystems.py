@@ -1,0 +1,102 @@
+"""Google Cloud Storage by gcsfs, the Hugging Face Hub by huggingface_hub: both are fsspec file systems."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from tpshard.errors import StorageError, UsageError
+from tpshard.stores.store import MOST_LISTED, Known, part_size
+
+_UNIT = 2**18  # Google takes parts that are a multiple of it
+_VERSIONS = ("generation", "etag", "blob_id", "oid")
+
+
+def open_store(scheme: str, bucket: str) -> FileSystemStore:
+    """The bucket, or the Hub, with what the environment says of credentials and endpoints."""
+    if scheme == "hf":
+        from huggingface_hub import HfFileSystem
+
+        return FileSystemStore(HfFileSystem(skip_instance_cache=True), "", readable_only=True)
+    # A trial of that library: without it, a server that speaks no gRPC is asked for a minute before it is used.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    from gcsfs import GCSFileSystem
+
+    emulator = os.environ.get("STORAGE_EMULATOR_HOST")
+    given: Any = {"token": "anon", "endpoint_url": emulator} if emulator else {}
+    return FileSystemStore(GCSFileSystem(use_listings_cache=False, **given), bucket)
+
+
+class FileSystemStore:
+    def __init__(self, files: Any, bucket: str, readable_only: bool = False) -> None:
+        self._files, self._bucket, self._readable_only = files, bucket, readable_only
+
+    def list(self, prefix: str) -> Mapping[str, Known]:
+        self._files.invalidate_cache()
+        try:
+            found = self._files.find(self._path(prefix), detail=True)
+        except FileNotFoundError:
+            found = {}
+        if len(found) > MOST_LISTED:
+            raise StorageError(f"{prefix}: has more than {MOST_LISTED} objects", hint="give the checkpoint's folder")
+        if not found and self._bucket:
+            self._files.ls(self._bucket)  # says whether there is a bucket at all
+        return {self._key(name): _known(info) for name, info in found.items() if info["type"] == "file"}
+
+    def read(self, key: str, offset: int, into: memoryview, version: str) -> int:
+        with self._files.open(self._path(key), "rb", cache_type="none") as file:
+            file.seek(offset)
+            done = 0
+            while done < len(into) and (part := file.read(len(into) - done)):
+                into[done : done + len(part)] = part
+                done += len(part)
+        return done
+
+    def create(self, key: str, data: bytes) -> bool:
+        self._may_write()
+        try:
+            self._files.pipe_file(self._path(key), data, mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+    def writer(self, key: str, size: int, at_once: int) -> FileSystemWriter:
+        self._may_write()
+        block = -(-part_size(size) // _UNIT) * _UNIT
+        return FileSystemWriter(self._files.open(self._path(key), "wb", block_size=block))
+
+    def delete(self, key: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._files.rm_file(self._path(key))
+
+    def _path(self, key: str) -> str:
+        return f"{self._bucket}/{key}" if self._bucket else key
+
+    def _key(self, path: str) -> str:
+        return path.removeprefix(f"{self._bucket}/") if self._bucket else path
+
+    def _may_write(self) -> None:
+        if self._readable_only:
+            raise UsageError("the Hub is read, not written", hint="write a folder, then: hf upload")
+
+
+def _known(info: Mapping[str, Any]) -> Known:
+    return Known(int(info["size"]), next((str(info[key]) for key in _VERSIONS if info.get(key)), ""))
+
+
+class FileSystemWriter:
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def write(self, data: memoryview | bytes) -> None:
+        self._file.write(data)
+
+    def finish(self) -> None:
+        self._file.close()
+
+    def abort(self) -> None:
+        with contextlib.suppress(Exception):
+            self._file.discard()
+        self._file.closed = True  # else the library completes the object when this is collected
