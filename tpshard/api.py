@@ -22,6 +22,9 @@ from tpshard.checkpoint import Checkpoint
 from tpshard.conversion import DEFAULT_DIGEST, Done, Options
 from tpshard.engines.opening import NATIVE, Source, open_any
 from tpshard.errors import UsageError
+from tpshard.fetch import plan_fetch, run_fetch
+from tpshard.joining import join as join_ranks
+from tpshard.manifest import Manifest
 from tpshard.mesh import Grid, Mesh
 from tpshard.stores.path import place
 from tpshard.verify.report import Report
@@ -119,6 +122,35 @@ def reshard(
     given = _source(source, source_engine, config)
     planned = convert.plan_reshard(given, place(target), grid, policy, options, engine)
     return conversion.run(planned if manifest else conversion.without_manifest(planned), options)
+
+
+def fetch(
+    source: Folder,
+    target: Folder,
+    *,
+    rank: int,
+    tp: int,
+    ep: int = 1,
+    pp: int = 1,
+    expert_parallel: bool = False,
+    stages: tuple[int, ...] = (),
+    policy: str = "auto",
+    config: Folder | None = None,
+    max_shard_size: int | None = None,
+    digest: str = DEFAULT_DIGEST,
+    workers: int = 0,
+    progress: Progress = lambda count: None,
+) -> Done:
+    """Cut one rank alone of what ``split`` cuts, and read no more than it holds; ``join`` makes one folder of all."""
+    options = Options(max_shard_size, digest, workers, progress)
+    grid = Grid(Mesh(tp=tp, ep=ep, pp=pp), expert_parallel, stages)
+    given = _source(source, None, config)
+    return run_fetch(plan_fetch(given, place(target), grid, rank, policy, options), options)
+
+
+def join(folder: Folder, *, progress: Progress = lambda count: None) -> Manifest:
+    """Make a shard folder of one that has the files and records of all fetched ranks; its manifest."""
+    return join_ranks(place(folder), progress)
 
 
 def verify(

@@ -101,7 +101,7 @@ def run(conversion: Conversion, options: Options = Options()) -> Done:
     origin = plan.source.manifest
     if origin is not None and not origin.recorded:
         require_equal_copies(plan.source)
-    algorithm = _file_digest(conversion, options)
+    algorithm = file_digest_of(conversion, options)
     with staging_of(target, plan.ranks) as staging:
         workers = options.threads_for(plan.source.folder, target)
         written = execute(plan, staging, algorithm, workers, options.progress)
@@ -113,7 +113,7 @@ def run(conversion: Conversion, options: Options = Options()) -> Done:
         if conversion.policy is None:
             _write_index(plan, staging)
         elif conversion.manifest:
-            staging.write(MANIFEST_NAME, manifest_bytes(_manifest(conversion, written, carried, algorithm)))
+            staging.write(MANIFEST_NAME, manifest_bytes(manifest_of(conversion, written, carried, algorithm)))
         staging.commit()
     end = time.monotonic()
     return Done(
@@ -126,7 +126,7 @@ def run(conversion: Conversion, options: Options = Options()) -> Done:
     )
 
 
-def _file_digest(conversion: Conversion, options: Options) -> str:
+def file_digest_of(conversion: Conversion, options: Options) -> str:
     """The algorithm of the files' digests: the source's where it has one. Where no manifest keeps them, or they only
     have to find faults, they are put together from the tensors' digests, if the files are nothing but tensors."""
     origin, plan = conversion.plan.source.manifest, conversion.plan
@@ -136,7 +136,10 @@ def _file_digest(conversion: Conversion, options: Options) -> str:
     return TENSORS if wanted == TREE else wanted
 
 
-def _manifest(conversion: Conversion, written: Written, carried: tuple[CarriedRecord, ...], algorithm: str) -> Manifest:
+def manifest_of(
+    conversion: Conversion, written: Written, carried: tuple[CarriedRecord, ...], algorithm: str
+) -> Manifest:
+    """What is said of what a conversion wrote."""
     plan, policy = conversion.plan, conversion.policy
     assert policy is not None
     assert conversion.mesh is not None
