@@ -21,10 +21,10 @@ _SAID = (
     (r"RepositoryNotFound|Repository Not Found", "there is no such repository, or no access to it", _ACCESS),
     (r"InvalidAccessKeyId|SignatureDoesNotMatch|AuthenticationFailed|InvalidToken|ExpiredToken|invalid_grant",
      "the store refuses the credentials", _ACCESS),
-    (r"169\.254\.169\.254|metadata\.google|DefaultCredentialsError|default credentials were not found|"
+    (r"169\.254\.169\.254|latest/(api/token|meta-data)|metadata\.google|DefaultCredentialsError|default credentials were not found|"
      r"[Mm]issing.*[Cc]redential|IDENTITY_HEADER|Account must be specified|MissingAccount",
      "no credentials were found", _ACCESS),
-    (r"PermanentRedirect|AuthorizationHeaderMalformed|IllegalLocationConstraint",
+    (r"PermanentRedirect|incorrectly configured region|AuthorizationHeaderMalformed|IllegalLocationConstraint",
      "the bucket is in another region", "set AWS_REGION"),
     (r"PreconditionFailed|ConditionNotMet|status code: 412|PreconditionError", "was changed while it was being read",
      "run again"),

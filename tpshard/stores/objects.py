@@ -1,6 +1,6 @@
 """S3 and Azure by obstore, the Python face of the object_store library: ranges without a copy, parts sent as they fill.
 
-The library tries again by itself: ten times, for up to three minutes, where a store fails or cannot be reached.
+The library tries again by itself where a store fails or cannot be reached.
 """
 
 from __future__ import annotations
@@ -19,6 +19,11 @@ from tpshard.errors import StorageError
 from tpshard.stores.store import MOST_LISTED, Known, part_size
 
 _CLIENT = {"timeout": timedelta(minutes=5), "connect_timeout": timedelta(seconds=20)}
+_RETRIES = {
+    "max_retries": 6,
+    "retry_timeout": timedelta(minutes=2),
+    "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=10), "base": 2},
+}
 _ENDPOINTS = {"s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"), "az": ("AZURE_ENDPOINT",)}
 
 
@@ -28,7 +33,7 @@ def open_store(scheme: str, bucket: str) -> ObjectStore:
     client: Any = {**_CLIENT, "allow_http": True} if endpoint and endpoint.startswith("http://") else _CLIENT
     given: Any = {"endpoint": endpoint} if endpoint else {}
     kind: Any = S3Store if scheme == "s3" else AzureStore
-    return ObjectStore(kind(bucket, client_options=client, **given))
+    return ObjectStore(kind(bucket, client_options=client, retry_config=_RETRIES, **given))
 
 
 class ObjectStore:

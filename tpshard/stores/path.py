@@ -24,6 +24,7 @@ from tpshard.stores.store import SCHEMES, Known, Store, store_of
 
 AHEAD = 2**18  # bytes of a file that are asked for at least: most headers are smaller
 TRIES = 4  # for bytes that did not come whole; what the library itself tries again is not counted
+PAUSE = 0.1  # seconds after the first try, then twice as long each time
 _named: set[str] = set()  # the folders that were named
 _listed: dict[str, Mapping[str, Known]] = {}  # what is below each of them
 _listing = threading.RLock()
@@ -167,12 +168,14 @@ class StorePath(PosixPath):
     def fill(self, offset: int, into: memoryview) -> None:
         """Fill ``into`` from byte ``offset`` of the object. Raises StorageError."""
         version = self._require().version
+        if not len(into):
+            return
         for trial in range(TRIES):
             with store_errors(self):
                 done = self.store.read(self.key, offset, into, version)
             if done == len(into):
                 return
-            time.sleep(0.1 * 2**trial)
+            time.sleep(PAUSE * 2**trial)
         what = f"{self}: the store gave {done} of {len(into)} bytes from {offset}"
         raise StorageError(f"{what}, {TRIES} times", hint="run again")
 
