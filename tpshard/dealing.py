@@ -60,6 +60,7 @@ class Batch:
     part: Part
     steps: list[Step] = field(default_factory=list)
     size: int = 0
+    number: int = 0
 
     def add(self, tensor: Tensor, slab: Slab) -> None:
         self.steps.append(Step(tensor, slab, self.size))
@@ -74,9 +75,17 @@ class Dealer:
     def __init__(self, streams: Iterator[Iterator[Batch]], workers: int, apart: bool) -> None:
         self._streams, self._shared = streams, workers > 1 and not apart
         self._lanes: list[Iterator[Batch]] = [iter(())] * (workers if apart else 1)
+        self.dealt = 0
 
     def next(self, worker: int) -> Batch | None:
-        """The worker's next batch; None where all are dealt."""
+        """The worker's next batch, with its number; None where all are dealt."""
+        batch = self._next(worker)
+        if batch is not None:
+            batch.number = self.dealt
+            self.dealt += 1
+        return batch
+
+    def _next(self, worker: int) -> Batch | None:
         own = worker % len(self._lanes)
         while True:
             batch = next(self._lanes[own], None)

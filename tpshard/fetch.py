@@ -15,16 +15,17 @@ from pathlib import Path
 
 from tpshard.carrying import carry, written_beside
 from tpshard.checkpoint import Place, Stored
-from tpshard.conversion import Conversion, Done, Options, manifest_of
+from tpshard.conversion import Conversion, Done, Options, file_digest_of, manifest_of
 from tpshard.convert import plan_split
 from tpshard.engines.opening import NATIVE, Source
 from tpshard.errors import UsageError, printable
-from tpshard.execute import Written, execute
+from tpshard.execute import execute
 from tpshard.header import DTYPE_BITS
 from tpshard.layout import Layout, Shape, Shard, Span, in_bytes
 from tpshard.manifest import FileRecord, rank_record_bytes, rank_record_name
 from tpshard.mesh import Grid
 from tpshard.plan import Item, Output, Plain, Plan, bytes_of_ranks
+from tpshard.share import Written
 from tpshard.slabs import linear
 from tpshard.staging import check_space, check_target
 from tpshard.stores.writing import staging_of
@@ -116,15 +117,16 @@ def run_fetch(fetch: Fetch, options: Options = Options()) -> Done:
     check_target(target, plan.source.place)
     check_space(target, sum(map(sum, bytes_of_ranks(plan.items))))
     begin = time.monotonic()
+    algorithm = file_digest_of(fetch.whole, options)
     with staging_of(target, 1) as staging:
         workers = options.threads_for(plan.source.folder, target)
-        written = execute(plan, staging, options.digest, workers, options.progress)
-        carried = tuple(carry(plan.source, name, staging, options.digest) for name in plan.source.carried)
+        written = execute(plan, staging, algorithm, workers, options.progress)
+        carried = tuple(carry(plan.source, name, staging, algorithm) for name in plan.source.carried)
         beside: Mapping[str, bytes] = fetch.whole.beside
-        carried += tuple(written_beside(name, content, staging, options.digest) for name, content in beside.items())
+        carried += tuple(written_beside(name, content, staging, algorithm) for name, content in beside.items())
         copied = time.monotonic()
         staging.sync()
-        manifest = manifest_of(fetch.whole, _as_one_of_all(fetch, written), carried, options.digest)
+        manifest = manifest_of(fetch.whole, _as_one_of_all(fetch, written), carried, algorithm)
         name = rank_record_name(fetch.rank, manifest.ranks)
         staging.write(name, rank_record_bytes(manifest, fetch.rank))
         staging.commit()

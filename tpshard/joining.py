@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from tpshard.checkpoint import Checkpoint, Opening, Stored
-from tpshard.digest import hasher_factory
+from tpshard.digest import TENSORS, hasher_factory
 from tpshard.errors import InputError, UsageError, printable
 from tpshard.execute import SLAB
+from tpshard.file_digest import file_digest
 from tpshard.folder import MANIFEST_NAME, read_json
 from tpshard.header import DTYPE_BITS
 from tpshard.layout import Layout
@@ -24,7 +25,6 @@ from tpshard.staging import storage_errors
 from tpshard.stores.path import StorePath
 
 RECORDS = "tpshard-rank-*.json"
-CHUNK = 2**20
 
 
 def join(folder: Path, progress: Callable[[int], object] = lambda count: None) -> Manifest:
@@ -45,7 +45,7 @@ def join(folder: Path, progress: Callable[[int], object] = lambda count: None) -
         for entry in data["tensors"]:
             if not entry["digest"]:
                 tensor = checkpoint.tensors[entry.get("copy_of", "") or entry["name"]]
-                entry["digest"] = _digest(tensor, files, manifest.algorithm)
+                entry["digest"] = _digest(tensor, files)
     _write(folder, sealed(data))
     for path in paths:
         path.unlink()
@@ -103,15 +103,12 @@ def _tensor(entries: tuple[Mapping[str, Any], ...], ranks: int) -> dict[str, Any
 def _check_files(folder: Path, manifest: Manifest, progress: Callable[[int], object]) -> None:
     listed: list[FileRecord | CarriedRecord] = [*manifest.files, *manifest.carried]
     for record in listed:
-        path, hasher = folder / record.name, hasher_factory(manifest.algorithm)()
+        path = folder / record.name
         if not path.is_file():
             raise InputError(f"{path}: is not there", hint="copy all that tpshard fetch wrote")
-        with storage_errors(path), path.open("rb") as file:
-            while piece := file.read(CHUNK):
-                hasher.update(piece)
-                progress(len(piece))
-        if hasher.hexdigest() != record.digest:
-            what = f"{path}: has digest {hasher.hexdigest()}, its record says {record.digest}"
+        have = file_digest(path, manifest.algorithm, isinstance(record, FileRecord), progress)
+        if have != record.digest:
+            what = f"{path}: has digest {have}, its record says {record.digest}"
             raise InputError(what, hint="copy or fetch it again")
 
 
@@ -125,8 +122,8 @@ def _open(folder: Path, manifest: Manifest) -> Checkpoint:
     return opening.checkpoint()
 
 
-def _digest(tensor: Stored, files: SourceFiles, algorithm: str) -> str:
-    hasher, rooms = hasher_factory(algorithm)(), Rooms()
+def _digest(tensor: Stored, files: SourceFiles) -> str:
+    hasher, rooms = hasher_factory(TENSORS)(), Rooms()
     transfer = plan(tensor.layout, Layout.replicated(tensor.shape, 1), DTYPE_BITS[tensor.dtype])
     for slab in cut_into_slabs(transfer, SLAB):
         room = rooms.get(0, slab.size)

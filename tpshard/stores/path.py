@@ -23,6 +23,7 @@ from tpshard.stores.failures import store_errors
 from tpshard.stores.store import SCHEMES, Known, Store, store_of
 
 AHEAD = 2**18  # bytes of a file that are asked for at least: most headers are smaller
+AT_ONCE = 8 * 2**20  # bytes of a file that is read to its end
 TRIES = 4  # for bytes that did not come whole; what the library itself tries again is not counted
 PAUSE = 0.1  # seconds after the first try, then twice as long each time
 _named: set[str] = set()  # the folders that were named
@@ -183,7 +184,7 @@ class StorePath(PosixPath):
         if mode != "rb":
             raise UsageError(f"{self}: is in a store, and cannot be opened to write", hint="give a local file")
         raw = _Object(self, self._require().size)
-        return raw if buffering == 0 else io.BufferedReader(raw, AHEAD)  # type: ignore[return-value]
+        return io.BufferedReader(raw, AHEAD if buffering else AT_ONCE)
 
     def read_bytes(self) -> bytes:
         data = bytearray(self._require().size)

@@ -11,18 +11,21 @@ import secrets
 import shutil
 import tempfile
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, cast
 
-from tpshard.digest import Hasher
+from tpshard.digest import ZEROS, Hasher
 from tpshard.errors import UsageError
 from tpshard.frames import Frame
-from tpshard.outputs import ZEROS, OutputFile
+from tpshard.outputs import OutputFile, Piece, Sink
+from tpshard.slabs import Rooms
 from tpshard.staging import Staging
 from tpshard.stores.failures import store_errors
 from tpshard.stores.path import StorePath
 from tpshard.stores.store import Writer
+from tpshard.views import View
 
 MARK = ".tpshard-is-writing"
 ON_THEIR_WAY = 16  # parts of all files together; bounds memory, with one part that fills for each file
@@ -34,11 +37,11 @@ def staging_of(target: Path, ranks: int) -> Staging:
     return StoreStaging(target, ranks) if isinstance(target, StorePath) else Staging(target)
 
 
-def new_output(staging: Staging, name: str, hasher: Hasher) -> OutputFile:
-    """An output file of a run."""
-    return (
-        StoreOutput(staging, name, hasher) if isinstance(staging, StoreStaging) else OutputFile(staging, name, hasher)
-    )
+def new_output(staging: Staging, name: str, hasher: Hasher | None, in_order: bool) -> Sink:
+    """An output file of a run. ``in_order``: whether its bytes are a head and then its tensors, one after another."""
+    if isinstance(staging, StoreStaging):
+        return StoreOutput(staging, name, hasher) if in_order else LocalFirst(staging, name, hasher)
+    return OutputFile(staging, name, hasher)
 
 
 class StoreStaging(Staging):
@@ -49,6 +52,7 @@ class StoreStaging(Staging):
         self._root, self._ranks = target, ranks
         self._mark = target / MARK
         self._objects: list[StorePath] = []
+        self._open: list[Writer] = []
         self._complete = False
         self._local: Path | None = None
         self._guard = threading.Lock()
@@ -71,12 +75,19 @@ class StoreStaging(Staging):
         """An object written front to back."""
         path = self._root / name
         with store_errors(path):
-            return path.store.writer(path.key, size, max(1, ON_THEIR_WAY // max(1, self._ranks)))
-
-    def wrote(self, name: str) -> None:
-        """An object is there, and goes again after a failure."""
+            writer = path.store.writer(path.key, size, max(1, ON_THEIR_WAY // max(1, self._ranks)))
         with self._guard:
-            self._objects.append(self._root / name)
+            self._open.append(writer)
+        return writer
+
+    def complete(self, name: str, writer: Writer) -> None:
+        """Have an object appear; it goes again after a failure."""
+        path = self._root / name
+        with self._guard:
+            self._open.remove(writer)
+            self._objects.append(path)
+        with store_errors(path):
+            writer.finish()
 
     def create(self, name: str, buffering: int = -1) -> BinaryIO:
         with self._guard:
@@ -91,7 +102,8 @@ class StoreStaging(Staging):
             created = self._store_create(path, content)
         if not created:
             raise UsageError(f"{path}: came into use while this ran", hint="give a new folder")
-        self.wrote(name)
+        with self._guard:
+            self._objects.append(path)
 
     def sync(self) -> None:
         """All but the manifest is there: whoever comes now finds the folder in use."""
@@ -108,6 +120,9 @@ class StoreStaging(Staging):
             shutil.rmtree(self._local, ignore_errors=True)
         if self._complete:
             return
+        for writer in self._open:
+            with contextlib.suppress(Exception):
+                writer.abort()
         for path in [*self._objects, self._mark]:
             with contextlib.suppress(Exception):
                 path.store.delete(path.key)
@@ -121,61 +136,72 @@ class StoreStaging(Staging):
             path.store.delete(path.key)
 
 
-class StoreOutput(OutputFile):
-    """An object: what the digest takes front to back is what is sent. What comes in another order waits in a local
-    file for its end."""
+class StoreOutput:
+    """An object, sent front to back: what comes early is kept until what is before it has come."""
 
-    def __init__(self, staging: StoreStaging, name: str, hasher: Hasher) -> None:
-        super().__init__(staging, name, hasher)
-        self._staging, self._name = staging, name
+    def __init__(self, staging: StoreStaging, name: str, hasher: Hasher | None) -> None:
+        self._staging, self._name, self._hasher = staging, name, hasher
         self._writer: Writer | None = None
+        self._size = self._sent = 0
+        self._early: dict[int, Piece] = {}
+        self._turn = threading.Lock()
 
-    def begin(self, frame: Frame, in_order: bool) -> None:
-        if in_order:
-            self._writer = self._staging.writer(self._name, frame.size)
-        super().begin(frame, in_order)
+    def begin(self, frame: Frame) -> None:
+        self._size = frame.size
+        self._writer = self._staging.writer(self._name, frame.size)
+        self.write([Piece(place, data) for place, data in frame.fixed])
 
-    def digest(self, zeros: int, data: memoryview | bytes, also: Hasher | None) -> None:
-        if self._writer is not None:  # first: when the digest has moved on, another worker's turn has come
-            for done in range(0, zeros, len(ZEROS)):
-                self._send(ZEROS[: zeros - done])
-            self._send(data)
-        super().digest(zeros, data, also)
+    def write(self, pieces: Sequence[Piece]) -> None:
+        with self._turn:
+            for piece in pieces:
+                if piece.place - piece.lead == self._sent:
+                    self._take(piece)
+                elif piece.lead or len(piece.data):
+                    self._early[piece.place - piece.lead] = Piece(piece.place, bytes(piece.data), piece.lead)
+            while self._sent in self._early:
+                self._take(self._early.pop(self._sent))
+
+    def _take(self, piece: Piece) -> None:
+        for done in range(0, piece.lead, len(ZEROS)):
+            self._send(ZEROS[: piece.lead - done])
+        self._send(piece.data)
 
     def _send(self, data: memoryview | bytes) -> None:
         assert self._writer is not None
-        with store_errors(self._staging.target / self._name):
-            self._writer.write(data)
+        if len(data):
+            with store_errors(self._staging.target / self._name):
+                self._writer.write(data)
+            if self._hasher is not None:
+                self._hasher.update(data)
+            self._sent += len(data)
 
-    def _write(self, place: int, pieces: list[memoryview | bytes]) -> None:
-        if self._writer is None:
-            super()._write(place, pieces)
+    def write_strided(self, place: int, view: View, offset: int, data: memoryview, rooms: Rooms) -> None:
+        raise ValueError(f"{self._name}: a tensor of a file that is sent front to back does not lie in strides")
 
     def finish(self) -> tuple[int, str]:
-        local = Path(self._file.name)
-        if self._writer is None:
-            told = super().finish()
-            self._send_file(local, told[0])
-        else:
-            self._file.close()
-            told = self.digested, self._hasher.hexdigest()
-        local.unlink()
-        writer, self._writer = self._writer, None
-        assert writer is not None
-        self._staging.wrote(self._name)
-        with store_errors(self._staging.target / self._name):
-            writer.finish()
-        return told
-
-    def _send_file(self, local: Path, size: int) -> None:
-        self._writer = self._staging.writer(self._name, size)
-        with local.open("rb") as file:
-            while piece := file.read(COPY):
-                self._send(piece)
+        if self._sent != self._size:
+            raise ValueError(f"{self._name}: {self._sent} of {self._size} bytes were sent")
+        assert self._writer is not None
+        self._staging.complete(self._name, self._writer)
+        return self._size, self._hasher.hexdigest() if self._hasher is not None else ""
 
     def close(self) -> None:
-        writer, self._writer = self._writer, None
-        if writer is not None:
-            with contextlib.suppress(Exception):
-                writer.abort()
-        super().close()
+        """The staging gives up what is not complete."""
+
+
+class LocalFirst(OutputFile):
+    """A file whose bytes come in any order: written here, and sent when it is complete."""
+
+    def __init__(self, staging: StoreStaging, name: str, hasher: Hasher | None) -> None:
+        super().__init__(staging, name, hasher)
+        self._staging, self._name = staging, name
+
+    def finish(self) -> tuple[int, str]:
+        told = super().finish()
+        writer = self._staging.writer(self._name, told[0])
+        with Path(self._file.name).open("rb") as file, store_errors(self._staging.target / self._name):
+            while piece := file.read(COPY):
+                writer.write(piece)
+        Path(self._file.name).unlink()
+        self._staging.complete(self._name, writer)
+        return told
