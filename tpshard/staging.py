@@ -39,6 +39,8 @@ def storage_errors(path: Path | str) -> Iterator[None]:
 
 def check_target(target: Path, source: Path) -> None:
     """Refuse a target that is in use or lies inside the source. Raises UsageError."""
+    if isinstance(target, StorePath):
+        target.require_writable()
     if target.is_symlink():
         raise UsageError(f"{target}: is a symbolic link", hint="give the folder itself")
     if target.exists():

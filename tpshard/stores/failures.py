@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from tpshard.errors import StorageError, TpshardError, printable
 
-_ACCESS = "which keys and tokens are read: docs/stores.md"
+ACCESS = "which keys and tokens are read: docs/stores.md"
 
 
 def _status(number: int) -> str:
@@ -25,12 +25,12 @@ _SAID = (
     (r"RequestTimeTooSkewed|RequestExpired", "the store refuses this machine's clock", "set the clock, then run again"),
     (r"NoSuchBucket|ContainerNotFound|The specified bucket does not exist",
      "there is no such bucket", "is the name right, and the endpoint?"),
-    (r"RepositoryNotFound|Repository Not Found", "there is no such repository, or no access to it", _ACCESS),
+    (r"RepositoryNotFound|Repository Not Found", "there is no such repository, or no access to it", ACCESS),
     (r"InvalidAccessKeyId|SignatureDoesNotMatch|AuthenticationFailed|InvalidToken|ExpiredToken|invalid_grant",
-     "the store refuses the credentials", _ACCESS),
+     "the store refuses the credentials", ACCESS),
     (r"169\.254\.169\.254|latest/(api/token|meta-data)|metadata\.google|default credentials were not found|"
      r"[Mm]issing.*[Cc]redential|IDENTITY_HEADER|Account must be specified|MissingAccount",
-     "no credentials were found", _ACCESS),
+     "no credentials were found", ACCESS),
     (r"PermanentRedirect|incorrectly configured region|AuthorizationHeaderMalformed|IllegalLocationConstraint",
      "the bucket is in another region", "set AWS_REGION"),
     (r"PreconditionFailed|ConditionNotMet|PreconditionError|" + _status(412),
@@ -39,8 +39,8 @@ _SAID = (
      "is the object shorter than it was?"),
     (r"SlowDown|ServerBusy|" + _status(429) + "|" + _status(503), "the store is too busy", "run again later"),
     (r"AccessDenied|AuthorizationFailure|AuthorizationPermissionMismatch|PermissionDeniedError|Forbidden|"
-     + _status(403), "the store denies access", _ACCESS),
-    (r"Unauthenticated|Anonymous caller|" + _status(401), "the store wants credentials", _ACCESS),
+     + _status(403), "the store denies access", ACCESS),
+    (r"Unauthenticated|Anonymous caller|" + _status(401), "the store wants credentials", ACCESS),
     (r"NoSuchKey|BlobNotFound|FileNotFoundError|No such object|" + _status(404), "is not there any more", "run again"),
     (r"error sending request|Connection refused|ConnectError|Cannot connect|ClientConnector|dns error|timed out|"
      r"Timeout", "the store cannot be reached", "is the endpoint right?"),

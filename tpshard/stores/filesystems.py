@@ -7,7 +7,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from tpshard.errors import StorageError, UsageError
+from tpshard.errors import StorageError
+from tpshard.stores.failures import ACCESS
 from tpshard.stores.store import MOST_LISTED, Known, part_size
 
 _UNIT = 2**18  # Google takes parts that are a multiple of it
@@ -32,8 +33,8 @@ def open_store(scheme: str, bucket: str) -> FileSystemStore:
 
 
 class FileSystemStore:
-    def __init__(self, files: Any, bucket: str, readable_only: bool = False) -> None:
-        self._files, self._bucket, self._readable_only = files, bucket, readable_only
+    def __init__(self, files: Any, bucket: str) -> None:
+        self._files, self._bucket = files, bucket
 
     def list(self, prefix: str) -> Mapping[str, Known]:
         self._files.invalidate_cache()
@@ -43,9 +44,18 @@ class FileSystemStore:
             found = {}
         if len(found) > MOST_LISTED:
             raise StorageError(f"{prefix}: has more than {MOST_LISTED} objects", hint="give the checkpoint's folder")
-        if not found and self._bucket:
-            self._files.ls(self._bucket)  # says whether there is a bucket at all
+        if not found:
+            self._require_root(prefix)
         return {self._key(name): _known(info) for name, info in found.items() if info["type"] == "file"}
+
+    def _require_root(self, prefix: str) -> None:
+        """Raises the library's error where there is no such bucket; StorageError where there is no such repository."""
+        if self._bucket:
+            self._files.ls(self._bucket)
+            return
+        name = "/".join(prefix.split("/")[:2])
+        if not self._files.exists(name):
+            raise StorageError(f"hf://{name}: there is no such repository, or no access to it", hint=ACCESS)
 
     def read(self, key: str, offset: int, into: memoryview, version: str) -> int:
         data = self._range(self._path(key), offset, len(into))[: len(into)]
@@ -60,7 +70,6 @@ class FileSystemStore:
             return bytes(file.read(count))
 
     def create(self, key: str, data: bytes) -> bool:
-        self._may_write()
         try:
             self._files.pipe_file(self._path(key), data, mode="create")
         except FileExistsError:
@@ -68,7 +77,6 @@ class FileSystemStore:
         return True
 
     def writer(self, key: str, size: int, at_once: int) -> FileSystemWriter:
-        self._may_write()
         block = -(-part_size(size) // _UNIT) * _UNIT
         return FileSystemWriter(self._files.open(self._path(key), "wb", block_size=block))
 
@@ -81,10 +89,6 @@ class FileSystemStore:
 
     def _key(self, path: str) -> str:
         return path.removeprefix(f"{self._bucket}/") if self._bucket else path
-
-    def _may_write(self) -> None:
-        if self._readable_only:
-            raise UsageError("the Hub is read, not written", hint="write a folder, then: hf upload")
 
 
 def _known(info: Mapping[str, Any]) -> Known:

@@ -180,6 +180,11 @@ class StorePath(PosixPath):
         what = f"{self}: the store gave {done} of {len(into)} bytes from {offset}"
         raise StorageError(f"{what}, {TRIES} times", hint="run again")
 
+    def require_writable(self) -> None:
+        """Raises UsageError where a store is only read."""
+        if self._scheme == "hf":
+            raise UsageError(f"{self}: the Hub is read, not written", hint="write a folder here, then: hf upload")
+
     def open(self, mode: str = "r", buffering: int = -1, *_: Any, **__: Any) -> IO[Any]:  # type: ignore[override]
         if mode != "rb":
             raise UsageError(f"{self}: is in a store, and cannot be opened to write", hint="give a local file")
