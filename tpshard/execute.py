@@ -29,7 +29,6 @@ from tpshard.stores.writing import StoreStaging, new_output
 
 SLAB = 4 * 2**20  # bytes: smaller costs more calls, larger more cache; python -m tests.bench
 SLAB_IN_STORE = 8 * 2**20  # of a source that is asked for each: a request costs as much as a megabyte (docs/stores.md)
-MOST_AHEAD = 2  # batches for each worker, where files take their bytes in order: what comes early is kept in memory
 
 Progress = Callable[[int], object]
 
@@ -81,12 +80,9 @@ class _Run:
         self._new_hasher = hasher_factory(TENSORS)
         self._new_file_hasher = None if algorithm == TREE else hasher_factory(algorithm)
         self._parts: list[Part] = []
-        self._in_order = isinstance(staging, StoreStaging)
         self._slab = SLAB_IN_STORE if isinstance(plan.source.folder, StorePath) else SLAB
-        self._dealer = Dealer(self._streams(), workers, apart=not self._in_order)
-        self._most_ahead = MOST_AHEAD * workers
+        self._dealer = Dealer(self._streams(), workers, apart=not isinstance(staging, StoreStaging))
         self._finishing: deque[tuple[Output, Sink, bytes]] = deque()
-        self._open: set[int] = set()  # batches that are not done
         self._moved, self._waiting = threading.Condition(), 0
         self._error: BaseException | None = None
         self.records: list[FileRecord] = []
@@ -131,18 +127,14 @@ class _Run:
             while not self._error:
                 if self._finishing:
                     return self._finishing.popleft()
-                if not self._is_ahead():
+                if not self._dealer.is_ahead:
                     if (batch := self._dealer.next(worker)) is not None:
-                        self._open.add(batch.number)
                         return batch
-                    if not self._open and not self._finishing:  # dealing the last may have ended a part
+                    if self._dealer.idle and not self._finishing:  # dealing the last may have ended a part
                         return None
                 if not self._finishing:
                     self._wait()
             raise _StoppedError
-
-    def _is_ahead(self) -> bool:
-        return self._in_order and bool(self._open) and self._dealer.dealt - min(self._open) >= self._most_ahead
 
     def _streams(self) -> Iterator[Iterator[Batch]]:
         """Of each large tensor its batches; of small ones that follow one another one batch."""
@@ -226,7 +218,7 @@ class _Run:
         with self._moved:
             for step in batch.steps:
                 self._done(batch.part, step.tensor)
-            self._open.discard(batch.number)
+            self._dealer.done(batch)
             self._end(batch.part)
             self._progress(batch.size)
             self._notify()

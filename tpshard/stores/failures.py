@@ -62,7 +62,7 @@ def store_errors(place: object) -> Iterator[None]:
     """Whatever a library raises as StorageError."""
     try:
         yield
-    except TpshardError:
+    except (TpshardError, TypeError, AttributeError, NameError, AssertionError):  # the last are our own faults
         raise
     except Exception as error:
         raise failure(place, error) from None
