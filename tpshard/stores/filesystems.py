@@ -20,9 +20,7 @@ def open_store(scheme: str, bucket: str) -> FileSystemStore:
     if scheme == "hf":
         from huggingface_hub import HfFileSystem
 
-        return FileSystemStore(
-            HfFileSystem(endpoint=os.environ.get("HF_ENDPOINT"), skip_instance_cache=True), "", readable_only=True
-        )
+        return FileSystemStore(HfFileSystem(endpoint=os.environ.get("HF_ENDPOINT"), skip_instance_cache=True), "")
     # A trial of that library: without it, a server that speaks no gRPC is asked for a minute before it is used.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     from gcsfs import GCSFileSystem
