@@ -115,7 +115,17 @@ FLOORS: list[tuple[str, ...]] = [
     ("api",),
     ("cli.__init__", "cli.options", "cli.render", "cli.carry_out"),
     ("cli.report_text", "cli.junit", "cli.markdown", "cli.report_files"),
-    ("cli.split", "cli.merge", "cli.reshard", "cli.fetch", "cli.join", "cli.verify", "cli.inspect", "cli.engines", "cli.demo"),
+    (
+        "cli.split",
+        "cli.merge",
+        "cli.reshard",
+        "cli.fetch",
+        "cli.join",
+        "cli.verify",
+        "cli.inspect",
+        "cli.engines",
+        "cli.demo",
+    ),
     ("cli.policy_check", "cli.policy_init", "cli.policy"),
     ("cli.main", "__main__"),
 ]

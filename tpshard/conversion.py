@@ -29,7 +29,7 @@ from tpshard.stores.writing import staging_of
 
 DEFAULT_MAX_SHARD_SIZE = 5 * 10**9
 DEFAULT_DIGEST = "xxh3-128"
-IN_STORE = 16  # workers, each with 4 MiB on its way; more were no faster (docs/stores.md)
+FROM_STORE = 16  # workers, each of which waits for 8 MiB (docs/stores.md)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +45,9 @@ class Options:
     def threads(self) -> int:
         return self.workers or min(8, os.cpu_count() or 1)
 
-    def threads_for(self, *folders: Path) -> int:
-        """More where a folder is in a store: most of them wait."""
-        return self.workers or (IN_STORE if any(isinstance(f, StorePath) for f in folders) else self.threads)
+    def threads_from(self, source: Path) -> int:
+        """More where the source is in a store: most of them wait."""
+        return self.workers or (FROM_STORE if isinstance(source, StorePath) else self.threads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ def run(conversion: Conversion, options: Options = Options()) -> Done:
         require_equal_copies(plan.source)
     algorithm = file_digest_of(conversion, options)
     with staging_of(target, plan.ranks) as staging:
-        workers = options.threads_for(plan.source.folder, target)
+        workers = options.threads_from(plan.source.folder)
         written = execute(plan, staging, algorithm, workers, options.progress)
         carried = tuple(carry(plan.source, name, staging, algorithm) for name in plan.source.carried)
         beside = conversion.beside.items()

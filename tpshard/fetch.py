@@ -119,7 +119,7 @@ def run_fetch(fetch: Fetch, options: Options = Options()) -> Done:
     begin = time.monotonic()
     algorithm = file_digest_of(fetch.whole, options)
     with staging_of(target, 1) as staging:
-        workers = options.threads_for(plan.source.folder, target)
+        workers = options.threads_from(plan.source.folder)
         written = execute(plan, staging, algorithm, workers, options.progress)
         carried = tuple(carry(plan.source, name, staging, algorithm) for name in plan.source.carried)
         beside: Mapping[str, bytes] = fetch.whole.beside

@@ -215,3 +215,18 @@ def test_nothing_of_stores_is_imported_for_local_paths(model: Path, tmp_path: Pa
     command = [sys.executable, "-c", script, str(model), str(tmp_path / "shards"), policy]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stderr.strip() == ""
+
+
+@pytest.mark.parametrize("kind", ["tensorflow/ckpt", "tensorflow/saved", "model.keras", "model.weights.h5"])
+def test_keras_and_tensorflow_are_read(in_s3: str, tmp_path: Path, kind: str) -> None:
+    here = DATA / kind
+    if "keras" in kind or "h5" in kind:
+        pytest.importorskip("keras")
+        here = tmp_path / "here"
+        here.mkdir()
+        some_keras_model(here / kind)
+    there = upload(here, f"{in_s3}/there")
+    own, theirs = api.inspect(here), api.inspect(there)
+    assert {name: (t.dtype, t.shape, t.places) for name, t in theirs.tensors.items()} == {
+        name: (t.dtype, t.shape, t.places) for name, t in own.tensors.items()
+    }
