@@ -9,8 +9,8 @@ shapes.
 
 from __future__ import annotations
 
-import functools
 import contextlib
+import functools
 import json
 import math
 import re
