@@ -7,12 +7,13 @@ files in it. ``python -m tests.sessions`` runs the sessions and writes what they
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,7 @@ PAGES = [
             "megatron-to-vllm",
             "keras",
             "many",
+            "stores",
         )
     ),
 ]
@@ -67,10 +69,22 @@ def steps(block: str) -> list[Step]:
     return found
 
 
-def run(step: Step, folder: Path) -> str:
+@contextlib.contextmanager
+def surroundings(page: Path) -> Iterator[dict[str, str]]:
+    """What a page takes for granted, as environment: stores with the demo's checkpoint in them."""
+    if page.name != "stores.md":
+        yield {}
+        return
+    from tests.stores.for_docs import stores
+
+    with stores() as environment:
+        yield environment
+
+
+def run(step: Step, folder: Path, more: Mapping[str, str] = {}) -> str:
     """What a command prints, both streams, and its exit code where it is not 0."""
     here = str(Path(sys.executable).parent)
-    environment = os.environ | {"PATH": f"{here}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1", "COLUMNS": "110"}
+    environment = os.environ | {"PATH": f"{here}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1", "COLUMNS": "110", **more}
     done = subprocess.run(
         ["bash", "-c", step.command],
         cwd=folder,
@@ -101,13 +115,13 @@ def write_files(page: Path, folder: Path) -> None:
 
 
 def refresh(page: Path) -> None:
-    with tempfile.TemporaryDirectory(prefix="tpshard-docs-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="tpshard-docs-") as scratch, surroundings(page) as more:
         write_files(page, Path(scratch))
 
         def again(match: re.Match[str]) -> str:
             lines = []
             for step in steps(match[0]):
-                output = run(step, Path(scratch))
+                output = run(step, Path(scratch), more)
                 lines.append(f"$ {step.command}\n" + (f"{output}\n" if output else ""))
             return "".join(lines)
 

@@ -16,14 +16,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from os import PathLike
-from pathlib import Path
 
 from tpshard import conversion, convert
 from tpshard.checkpoint import Checkpoint
 from tpshard.conversion import DEFAULT_DIGEST, Done, Options
 from tpshard.engines.opening import NATIVE, Source, open_any
 from tpshard.errors import UsageError
+from tpshard.fetch import plan_fetch, run_fetch
+from tpshard.joining import join as join_ranks
+from tpshard.manifest import Manifest
 from tpshard.mesh import Grid, Mesh
+from tpshard.stores.path import place
 from tpshard.verify.report import Report
 from tpshard.verify.request import Level, Request
 from tpshard.verify.run import names_on_disk
@@ -71,11 +74,11 @@ def split(
     if base is not None:
         if engine != NATIVE:
             raise UsageError("an adapter is cut for tpshard's own shards only", hint="leave out engine or base")
-        adapter, model = Path(source), Path(base)
-        planned = convert.plan_adapter_split(adapter, Path(target), grid, model, policy, options, names_on_disk)
+        adapter, model = place(source), place(base)
+        planned = convert.plan_adapter_split(adapter, place(target), grid, model, policy, options, names_on_disk)
         return conversion.run(planned, options)
     given = _source(source, source_engine, config)
-    planned = convert.plan_split(given, Path(target), grid, policy, options, engine)
+    planned = convert.plan_split(given, place(target), grid, policy, options, engine)
     return conversion.run(planned if manifest else conversion.without_manifest(planned), options)
 
 
@@ -94,7 +97,7 @@ def merge(
     have its recorded digest."""
     options = Options(max_shard_size=max_shard_size, workers=workers, progress=progress, resume=resume)
     given = _source(source, source_engine, config)
-    return conversion.run(convert.plan_merge(given, Path(target), options), options)
+    return conversion.run(convert.plan_merge(given, place(target), options), options)
 
 
 def reshard(
@@ -121,8 +124,37 @@ def reshard(
     options = Options(max_shard_size=max_shard_size, workers=workers, progress=progress, resume=resume)
     grid = Grid(Mesh(tp=tp, ep=ep, pp=pp), expert_parallel, stages)
     given = _source(source, source_engine, config)
-    planned = convert.plan_reshard(given, Path(target), grid, policy, options, engine)
+    planned = convert.plan_reshard(given, place(target), grid, policy, options, engine)
     return conversion.run(planned if manifest else conversion.without_manifest(planned), options)
+
+
+def fetch(
+    source: Folder,
+    target: Folder,
+    *,
+    rank: int,
+    tp: int,
+    ep: int = 1,
+    pp: int = 1,
+    expert_parallel: bool = False,
+    stages: tuple[int, ...] = (),
+    policy: str = "auto",
+    config: Folder | None = None,
+    max_shard_size: int | None = None,
+    digest: str = DEFAULT_DIGEST,
+    workers: int = 0,
+    progress: Progress = lambda count: None,
+) -> Done:
+    """Cut one rank alone of what ``split`` cuts, and read no more than it holds; ``join`` makes one folder of all."""
+    options = Options(max_shard_size, digest, workers, progress)
+    grid = Grid(Mesh(tp=tp, ep=ep, pp=pp), expert_parallel, stages)
+    given = _source(source, None, config)
+    return run_fetch(plan_fetch(given, place(target), grid, rank, policy, options), options)
+
+
+def join(folder: Folder, *, progress: Progress = lambda count: None) -> Manifest:
+    """Make a shard folder of one that has the files and records of all fetched ranks; its manifest."""
+    return join_ranks(place(folder), progress)
 
 
 def verify(
@@ -146,11 +178,11 @@ def verify(
     adapter, its model. ``engine``: whose folder it is, where that is not clear; ``config``: its config.json, where it
     has none.
     """
-    source = Path(against) if against is not None else None
-    of_adapter = Path(base) if base is not None else None
+    source = place(against) if against is not None else None
+    of_adapter = place(base) if base is not None else None
     request = Request(
-        Path(folder), source, level, model, workers, progress, isolate, device, base=of_adapter, engine=engine,
-        config=Path(config) if config is not None else None,
+        place(folder), source, level, model, workers, progress, isolate, device, base=of_adapter, engine=engine,
+        config=place(config) if config is not None else None,
     )  # fmt: skip
     return run_checks(request)
 
@@ -161,4 +193,4 @@ def inspect(folder: Folder, *, engine: str | None = None, config: Folder | None 
 
 
 def _source(folder: Folder, engine: str | None, config: Folder | None) -> Source:
-    return Source.given(Path(folder), engine, Path(config) if config is not None else None)
+    return Source.given(place(folder), engine, place(config) if config is not None else None)

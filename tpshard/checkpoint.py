@@ -6,7 +6,6 @@ only.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from tpshard.layout import Layout, Shape
 from tpshard.manifest import FileRecord, Manifest, TensorRecord
 from tpshard.manifest_parsing import read_manifest
 from tpshard.roles import Role
+from tpshard.stores.path import StorePath
 from tpshard.torch_state import read_torch_file
 from tpshard.views import View
 
@@ -94,6 +94,8 @@ class Checkpoint:
 
     def check_unchanged(self) -> None:
         """Raises StorageError where a weight file was replaced or written to since it was opened."""
+        if isinstance(self.folder, StorePath):
+            self.folder.forget()
         for file in self.files:
             if _identity(file.path) != file.identity:
                 raise StorageError(f"{file.path}: was changed while it was being read", hint="run again")
@@ -285,7 +287,7 @@ def weight_file(folder: Path, name: str, header: Header) -> WeightFile:
 
 def _identity(path: Path) -> tuple[int, int, int]:
     try:
-        info = os.stat(path)
+        info = path.stat()
     except OSError as error:
         raise StorageError(f"{path}: {error.strerror}") from None
     return info.st_size, info.st_mtime_ns, info.st_ino

@@ -13,6 +13,7 @@ from tpshard.carrying import carry, written_beside
 from tpshard.copies import require_equal_copies
 from tpshard.digest import TENSORS, TREE
 from tpshard.errors import UsageError
+from tpshard.execute import execute
 from tpshard.fingerprint import fingerprint
 from tpshard.folder import MANIFEST_NAME, safetensors_names
 from tpshard.journal import Head
@@ -26,10 +27,13 @@ from tpshard.policy import Policy
 from tpshard.roles import Role
 from tpshard.running import Task, leading, take_part
 from tpshard.share import Written
-from tpshard.staging import Staging, check_space, check_target, kept_for_later
+from tpshard.staging import Shared, Staging, check_space, check_target, kept_for_later
+from tpshard.stores.path import StorePath
+from tpshard.stores.writing import StoreStaging
 
 DEFAULT_MAX_SHARD_SIZE = 5 * 10**9
 DEFAULT_DIGEST = "xxh3-128"
+FROM_STORE = 16  # workers, each of which waits for 8 MiB (docs/stores.md)
 INDEX_NAME = "model.safetensors.index.json"
 
 
@@ -51,6 +55,10 @@ class Options:
     def threads(self) -> int:
         cores = (os.cpu_count() or 1) // (self.launch.local_size if self.launch else 1)
         return self.workers or max(1, min(8, cores))
+
+    def threads_from(self, source: Path) -> int:
+        """More where the source is in a store: most of them wait."""
+        return self.workers or (FROM_STORE if isinstance(source, StorePath) else self.threads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +112,9 @@ def run(conversion: Conversion, options: Options = Options()) -> Done:
     origin = plan.source.manifest
     if origin is not None and not origin.recorded:
         require_equal_copies(plan.source)
-    task = _task(conversion, options, _file_digest(conversion, options))
+    task = _task(conversion, options, file_digest_of(conversion, options))
+    if isinstance(target, StorePath):
+        return _to_store(conversion, task, options, target)
     if options.launch is not None and options.launch.rank > 0:
         written = take_part(task, target)
         return _done(conversion, written, begin, time.monotonic())
@@ -113,16 +123,35 @@ def run(conversion: Conversion, options: Options = Options()) -> Done:
         finished = [file for portion in lead.kept for file in portion.files]
         check_space(target, conversion.disk_needed - sum(file.size for file in finished))
         written = lead.write()
-        carried = tuple(carry(plan.source, name, staging, task.algorithm) for name in plan.source.carried)
-        beside = conversion.beside.items()
-        carried += tuple(written_beside(name, content, staging, task.algorithm) for name, content in beside)
-        staging.sync()
-        if conversion.policy is None:
-            _write_index(plan, staging)
-        elif conversion.manifest:
-            staging.write(MANIFEST_NAME, manifest_bytes(_manifest(conversion, written, carried, task.algorithm)))
-        staging.commit()
+        _complete(conversion, staging, written, task.algorithm)
     return _done(conversion, written, begin, lead.copied, len(finished))
+
+
+def _to_store(conversion: Conversion, task: Task, options: Options, target: StorePath) -> Done:
+    """By this process, from the start."""
+    if options.resume or options.launch is not None:
+        what = "a run of several processes" if options.launch else "--resume"
+        hint = "write to a folder and copy that" if options.launch else "start it again without"
+        raise UsageError(f"{target}: {what} cannot write into a store", hint=hint)
+    begin = time.monotonic()
+    with StoreStaging(target, conversion.plan.ranks) as staging:
+        written = execute(conversion.plan, staging, task.algorithm, task.threads, options.progress)
+        copied = time.monotonic()
+        _complete(conversion, staging, written, task.algorithm)
+    return _done(conversion, written, begin, copied)
+
+
+def _complete(conversion: Conversion, staging: Staging | StoreStaging, written: Written, algorithm: str) -> None:
+    """All that is not weights, the manifest last."""
+    plan = conversion.plan
+    carried = tuple(carry(plan.source, name, staging, algorithm) for name in plan.source.carried)
+    carried += tuple(written_beside(name, content, staging, algorithm) for name, content in conversion.beside.items())
+    staging.sync()
+    if conversion.policy is None:
+        _write_index(plan, staging)
+    elif conversion.manifest:
+        staging.write(MANIFEST_NAME, manifest_bytes(manifest_of(conversion, written, carried, algorithm)))
+    staging.commit()
 
 
 def _task(conversion: Conversion, options: Options, algorithm: str) -> Task:
@@ -132,7 +161,8 @@ def _task(conversion: Conversion, options: Options, algorithm: str) -> Task:
     )
     names = [*(output.name for output in plan.outputs), *plan.source.carried, *conversion.beside]
     head = Head(prints, (*names, MANIFEST_NAME, INDEX_NAME))
-    return Task(plan, head, algorithm, options.threads, options.progress, options.launch, options.timeout)
+    threads = options.threads_from(plan.source.folder)
+    return Task(plan, head, algorithm, threads, options.progress, options.launch, options.timeout)
 
 
 def _done(conversion: Conversion, written: Written, begin: float, copied: float, resumed: int = 0) -> Done:
@@ -147,7 +177,7 @@ def _done(conversion: Conversion, written: Written, begin: float, copied: float,
     )
 
 
-def _file_digest(conversion: Conversion, options: Options) -> str:
+def file_digest_of(conversion: Conversion, options: Options) -> str:
     """The algorithm of the files' digests: the source's where it has one. Where no manifest keeps them, or they only
     have to find faults, they are put together from the tensors' digests, if the files are nothing but tensors."""
     origin, plan = conversion.plan.source.manifest, conversion.plan
@@ -157,7 +187,10 @@ def _file_digest(conversion: Conversion, options: Options) -> str:
     return TENSORS if wanted == TREE else wanted
 
 
-def _manifest(conversion: Conversion, written: Written, carried: tuple[CarriedRecord, ...], algorithm: str) -> Manifest:
+def manifest_of(
+    conversion: Conversion, written: Written, carried: tuple[CarriedRecord, ...], algorithm: str
+) -> Manifest:
+    """What is said of what a conversion wrote."""
     plan, policy = conversion.plan, conversion.policy
     assert policy is not None
     assert conversion.mesh is not None
@@ -215,7 +248,7 @@ def hf_names(count: int) -> list[str]:
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
-def _write_index(plan: Plan, staging: Staging) -> None:
+def _write_index(plan: Plan, staging: Shared) -> None:
     """Hugging Face's index, where there is more than one safetensors file."""
     if len(plan.outputs) == 1 or not isinstance(plan.arrangement, Plain):
         return

@@ -13,7 +13,6 @@ follow one another in each chunk.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -177,7 +176,7 @@ def _distcp_file(folder: Path, name: str) -> WeightFile:
 
 def _safetensors(folder: Path) -> list[str]:
     try:
-        names = [name for name in os.listdir(folder) if name.endswith(".safetensors")]
+        names = [path.name for path in folder.iterdir() if path.name.endswith(".safetensors")]
     except OSError:
         return []
     return sorted(names, key=natural_order)

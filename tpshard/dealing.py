@@ -15,6 +15,8 @@ from tpshard.outputs import Sink
 from tpshard.plan import Output, Targets, Transfer
 from tpshard.slabs import Slab
 
+MOST_AHEAD = 2  # batches for each worker, where files take their bytes in order only: what comes early is kept
+
 
 @dataclass(slots=True)
 class Tensor:
@@ -60,6 +62,7 @@ class Batch:
     part: Part
     steps: list[Step] = field(default_factory=list)
     size: int = 0
+    number: int = 0
 
     def add(self, tensor: Tensor, slab: Slab) -> None:
         self.steps.append(Step(tensor, slab, self.size))
@@ -74,9 +77,32 @@ class Dealer:
     def __init__(self, streams: Iterator[Iterator[Batch]], workers: int, apart: bool) -> None:
         self._streams, self._shared = streams, workers > 1 and not apart
         self._lanes: list[Iterator[Batch]] = [iter(())] * (workers if apart else 1)
+        self._most_ahead = None if apart else MOST_AHEAD * workers
+        self._dealt, self._open = 0, set[int]()
+
+    @property
+    def idle(self) -> bool:
+        """Whether all that was dealt is done."""
+        return not self._open
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether the oldest batch has to be done first."""
+        return self._most_ahead is not None and self._dealt - min(self._open, default=self._dealt) >= self._most_ahead
+
+    def done(self, batch: Batch) -> None:
+        self._open.discard(batch.number)
 
     def next(self, worker: int) -> Batch | None:
         """The worker's next batch; None where all are dealt."""
+        batch = self._next(worker)
+        if batch is not None:
+            batch.number = self._dealt
+            self._open.add(self._dealt)
+            self._dealt += 1
+        return batch
+
+    def _next(self, worker: int) -> Batch | None:
         own = worker % len(self._lanes)
         while True:
             batch = next(self._lanes[own], None)

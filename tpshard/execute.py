@@ -18,14 +18,17 @@ from tpshard.digest import TENSORS, TREE, hasher_factory, tree_digest, update
 from tpshard.errors import InputError, printable
 from tpshard.frames import Frame
 from tpshard.manifest import FileRecord
-from tpshard.outputs import OutputFile, Piece, Sink
+from tpshard.outputs import Piece, Sink
 from tpshard.plan import Item, Output, Plan, Targets, Transfer
 from tpshard.share import Share, Written
 from tpshard.slabs import Bytes, Contact, KnownSlabs, Rooms
 from tpshard.sources import SourceFiles
 from tpshard.staging import Shared
+from tpshard.stores.path import StorePath
+from tpshard.stores.writing import StoreStaging, new_output
 
 SLAB = 4 * 2**20  # bytes: smaller costs more calls, larger more cache; python -m tests.bench
+SLAB_IN_STORE = 8 * 2**20  # of a source that is asked for each: a request costs as much as a megabyte (docs/stores.md)
 
 Progress = Callable[[int], object]
 Finished = Callable[[FileRecord, Sequence[str], Sequence[tuple[str | None, ...]]], object]
@@ -82,9 +85,9 @@ class _Run:
         self._new_hasher = hasher_factory(TENSORS)
         self._new_file_hasher = None if algorithm == TREE else hasher_factory(algorithm)
         self._parts: list[Part] = []
-        self._dealer = Dealer(self._streams(), workers, apart=True)
+        self._slab = SLAB_IN_STORE if isinstance(plan.source.folder, StorePath) else SLAB
+        self._dealer = Dealer(self._streams(), workers, apart=not isinstance(staging, StoreStaging))
         self._finishing: deque[tuple[Output, Sink, bytes]] = deque()
-        self._dealt = 0  # batches that are not done
         self._moved, self._waiting = threading.Condition(), 0
         self._error: BaseException | None = None
         self.records: list[FileRecord] = []
@@ -129,18 +132,18 @@ class _Run:
             while not self._error:
                 if self._finishing:
                     return self._finishing.popleft()
-                if (batch := self._dealer.next(worker)) is not None:
-                    self._dealt += 1
-                    return batch
-                if not self._dealt and not self._finishing:  # dealing the last may have ended a part
-                    return None
+                if not self._dealer.is_ahead:
+                    if (batch := self._dealer.next(worker)) is not None:
+                        return batch
+                    if self._dealer.idle and not self._finishing:  # dealing the last may have ended a part
+                        return None
                 if not self._finishing:
                     self._wait()
             raise _StoppedError
 
     def _streams(self) -> Iterator[Iterator[Batch]]:
         """Of each large tensor its batches; of small ones that follow one another one batch."""
-        transfers, known, restricted = self._plan.transfers(), KnownSlabs(SLAB), Restricted()
+        transfers, known, restricted = self._plan.transfers(), KnownSlabs(self._slab), Restricted()
         for outputs in self._plan.parts():
             part, all_targets = self._begin(outputs)
             small = Batch(part)
@@ -150,11 +153,11 @@ class _Run:
                     kept = frozenset(h.rank for h in transfer.writes if part.sinks[targets.file(h.rank)] is not None)
                     transfer = restricted.to(transfer, kept)
                 tensor = self._tensor(index, item, transfer, targets)
-                if small.steps and small.size + transfer.size > SLAB:
+                if small.steps and small.size + transfer.size > self._slab:
                     part.open += 1
                     yield iter([small])
                     small = Batch(part)
-                if transfer.size > SLAB:
+                if transfer.size > self._slab:
                     yield self._stream(part, tensor, transfer, known)
                     continue
                 for slab in known.of(transfer, tensor.whole is not None):
@@ -186,7 +189,7 @@ class _Run:
                 frames.append(None)
                 continue
             hasher = self._new_file_hasher() if self._new_file_hasher is not None else None
-            sink = OutputFile(self._staging, output.name, hasher)
+            sink = new_output(self._staging, output.name, hasher, arrangement.in_order)
             part.sinks.append(sink)
             frame = arrangement.frame(self._plan, output)
             part.heads.append(frame.head)
@@ -220,7 +223,7 @@ class _Run:
         with self._moved:
             for step in batch.steps:
                 self._done(batch.part, step.tensor)
-            self._dealt -= 1
+            self._dealer.done(batch)
             self._end(batch.part)
             self._progress(batch.size)
             self._notify()
@@ -247,7 +250,7 @@ class _Run:
             self._digest_own(step.tensor, contact, data)
             start, view = step.tensor.targets.starts[contact.rank], step.tensor.targets.view(contact.rank)
             if view is None:
-                pieces.append(Piece(start + contact.offset, data))
+                pieces.append(Piece(start + contact.offset, data, contact.lead))
             else:
                 sink.write_strided(start, view, contact.offset, data, rooms)
         sink.write(pieces)

@@ -34,7 +34,7 @@ def file_digest(path: Path, algorithm: str, has_tensors: bool, progress: Progres
         return hasher
 
     try:
-        with FileIO(path) as file:
+        with path.open("rb", buffering=0) as file:
             if not (has_tensors and algorithm == TREE):
                 return digest(file, None).hexdigest()
             header = read_header(path)

@@ -9,23 +9,25 @@ shapes.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
-import os
 import re
 import stat
 import struct
+import tempfile
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 
 from tpshard.errors import InputError, StorageError, printable
 from tpshard.layout import Shape
+from tpshard.stores.path import StorePath
 from tpshard.views import View
 
 # Bits per element, in the order in which safetensors' writer sorts the tensors of a file: wide types first, so that
@@ -97,7 +99,7 @@ def read_header(path: Path) -> Header:
         if not stat.S_ISREG(info.st_mode):
             raise InputError(f"{path}: is not a regular file")
         with path.open("rb") as file:
-            raw, data_start = _header_bytes(file.fileno(), info.st_size, path)
+            raw, data_start = _header_bytes(file, info.st_size, path)
     except FileNotFoundError:
         broken = path.is_symlink()
         what = "is a link to a file that is not there" if broken else "is not there"
@@ -105,12 +107,12 @@ def read_header(path: Path) -> Header:
     except OSError as error:
         raise StorageError(f"{path}: {error.strerror}") from None
     header = _parse(raw, data_start, info.st_size, path)
-    _ask_the_library(path)
+    _ask_the_library(path, raw, data_start, info.st_size)
     return header
 
 
-def _header_bytes(fd: int, size: int, path: Path) -> tuple[bytes, int]:
-    head = os.pread(fd, 64, 0)
+def _header_bytes(file: BinaryIO, size: int, path: Path) -> tuple[bytes, int]:
+    head = file.read(64)
     if size < 8:
         raise InputError(f"{path}: has {size} bytes, a safetensors file has at least 8", hint="it is truncated")
     (length,) = struct.unpack("<Q", head[:8])
@@ -122,17 +124,31 @@ def _header_bytes(fd: int, size: int, path: Path) -> tuple[bytes, int]:
         raise InputError(f"{path}: header of {length} bytes, the format allows {MAX_HEADER}", hint="is it safetensors?")
     if 8 + length > size:
         raise InputError(f"{path}: header promises {length} bytes, the file has {size - 8}", hint="it is truncated")
-    return os.pread(fd, length, 8), 8 + length
+    file.seek(8)
+    return file.read(length), 8 + length
 
 
-def _ask_the_library(path: Path) -> None:
+def _ask_the_library(path: Path, raw: bytes, data_start: int, size: int) -> None:
     try:
-        with safe_open(path, framework="numpy"):
+        with _here(path, raw, data_start, size) as there, safe_open(there, framework="numpy"):
             pass
     except SafetensorError as error:
         raise InputError(f"{path}: {printable(str(error))}") from None
     except OSError as error:
         raise StorageError(f"{path}: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
+def _here(path: Path, raw: bytes, data_start: int, size: int) -> Iterator[str | Path]:
+    """A file with the same header and size: the library reads no store. What follows the header is a hole."""
+    if not isinstance(path, StorePath):
+        yield path
+        return
+    with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
+        file.write(struct.pack("<Q", data_start - 8) + raw)
+        file.truncate(size)
+        file.flush()
+        yield file.name
 
 
 def parse_json_object(text: bytes, what: str) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def _header(path: Path, entries: Mapping[str, Entry], names: Mapping[str, str], 
 def _members(path: Path) -> tuple[int, int, bytes | None]:
     """Where the weights lie in a ``.keras``, and its configuration."""
     try:
-        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             known = {info.filename: info for info in archive.infolist()}
             info = known.get(WEIGHTS_MEMBER)
             if info is None:

@@ -128,7 +128,8 @@ class _Section(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         room = memoryview(buffer).cast("B")
-        data = os.pread(self._file.fileno(), max(0, min(len(room), self._size - self._at)), self._offset + self._at)
+        self._file.seek(self._offset + self._at)
+        data = self._file.read(max(0, min(len(room), self._size - self._at)))
         room[: len(data)] = data
         self._at += len(data)
         return len(data)

@@ -17,6 +17,7 @@ from tpshard.mesh import Mesh
 from tpshard.roles import Role
 
 FORMAT = "tpshard-manifest"
+RANK_FORMAT = "tpshard-rank"
 VERSION = 1
 FRAME_KEY = "tpshard.frame"  # in a source's metadata: the file that has what lay around its tensors
 MAX_RANKS = 4096  # bounds memory on a hostile manifest; split refuses more as well
@@ -133,10 +134,23 @@ def shard_spans(shard: Shard | None, whole: Shape) -> dict[str, list[list[int]]]
 
 def manifest_bytes(manifest: Manifest) -> bytes:
     """The manifest file, its own digest included: the last field, over everything before it."""
+    return sealed(_as_data(manifest))
+
+
+def rank_record_bytes(manifest: Manifest, rank: int) -> bytes:
+    """What one rank knows of the manifest, sealed as it is."""
+    return sealed({**_as_data(manifest), "format": RANK_FORMAT, "rank": rank})
+
+
+def rank_record_name(rank: int, ranks: int) -> str:
+    return f"tpshard-rank-{rank:05d}-of-{ranks:05d}.json"
+
+
+def _as_data(manifest: Manifest) -> dict[str, Any]:
     layouts: dict[Layout, int] = {}
     roles: dict[Role, int] = {}
     tensors = [_tensor_as_data(record, layouts, roles) for record in manifest.tensors]
-    data: dict[str, Any] = {
+    return {
         "format": FORMAT,
         "version": VERSION,
         "ranks": manifest.ranks,
@@ -153,7 +167,6 @@ def manifest_bytes(manifest: Manifest) -> bytes:
         "roles": [{"rule": r.rule, "gather": r.gather, "pattern": r.pattern} for r in roles],
         "tensors": tensors,
     }
-    return _sealed(data)
 
 
 def _tensor_as_data(record: TensorRecord, layouts: dict[Layout, int], roles: dict[Role, int]) -> dict[str, Any]:
@@ -173,7 +186,7 @@ def _tensor_as_data(record: TensorRecord, layouts: dict[Layout, int], roles: dic
     return data
 
 
-def _sealed(data: dict[str, Any]) -> bytes:
+def sealed(data: dict[str, Any]) -> bytes:
     """The JSON, top-level fields and list items on lines of their own (so that it can be read and compared)."""
     lines, encode = [], json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
     for key, value in data.items():

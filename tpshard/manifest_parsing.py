@@ -41,6 +41,11 @@ def read_manifest(folder: Path) -> Manifest:
     seal = data.pop("seal", None)
     if seal != seal_of(data):
         raise InputError(f"{path}: was changed after it was written (its seal does not match)")
+    return manifest_from(data, path)
+
+
+def manifest_from(data: Mapping[str, Any], path: Path) -> Manifest:
+    """A manifest's data, fully checked; ``path``: where it is said to be wrong. Raises InputError."""
     try:
         return _manifest_from(data)
     except InputError as error:

@@ -24,10 +24,11 @@ MOST_AT_ONCE = 512  # pieces in one write; Linux allows 1024
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Bytes at their place in a file."""
+    """Bytes at their place in a file; ``lead``: so many zeros before them are the file's, too."""
 
     place: int
     data: memoryview | bytes
+    lead: int = 0
 
 
 class Sink(Protocol):

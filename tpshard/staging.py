@@ -21,6 +21,7 @@ from typing import BinaryIO
 
 from tpshard.errors import StorageError, TpshardError, UsageError
 from tpshard.journal import Head, Journal, Portion, difference
+from tpshard.stores.path import StorePath
 
 ADDRESS = "address"  # suffix of the file by which the processes of a run find each other
 MARGIN = 16 * 2**20  # file systems need room for their own records
@@ -42,6 +43,8 @@ def storage_errors(path: Path | str) -> Iterator[None]:
 
 def check_target(target: Path, source: Path) -> None:
     """Refuse a target that is in use or lies inside the source. Raises UsageError."""
+    if isinstance(target, StorePath):
+        target.require_writable()
     if target.is_symlink():
         raise UsageError(f"{target}: is a symbolic link", hint="give the folder itself")
     if target.exists():
@@ -53,12 +56,14 @@ def check_target(target: Path, source: Path) -> None:
     resolved, inside = target.resolve(), source.resolve()
     if resolved == inside or inside in resolved.parents:
         raise UsageError(f"{target}: lies inside the source {source}", hint="give a folder elsewhere")
-    if not target.resolve().parent.is_dir():
+    if not isinstance(target, StorePath) and not target.resolve().parent.is_dir():
         raise UsageError(f"{target.parent}: is not a folder", hint="make it first")
 
 
 def check_space(target: Path, needed: int) -> None:
     """Refuse where the file system cannot hold ``needed`` bytes. A hint only: quotas and others' writes are unseen."""
+    if isinstance(target, StorePath):
+        return
     parent = target.resolve().parent
     with storage_errors(parent):
         free = shutil.disk_usage(parent).free

@@ -21,6 +21,8 @@ COMMANDS = {
     "split": "Cut a full checkpoint for tensor parallelism.",
     "merge": "Rebuild the full checkpoint from shards.",
     "reshard": "Recut shards for another number of ranks.",
+    "fetch": "Cut one rank alone, straight from a full checkpoint.",
+    "join": "Make one folder of ranks that were fetched one by one.",
     "verify": "Prove that shards are right, or find out where they are wrong.",
     "inspect": "Show the tensors of a checkpoint or shard folder.",
     "engines": "List the engines whose folders are read and written.",

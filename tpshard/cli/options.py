@@ -12,6 +12,7 @@ import click
 
 from tpshard.digest import ALGORITHMS
 from tpshard.mesh import Grid, Mesh
+from tpshard.stores.path import place
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -54,7 +55,15 @@ def counts(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int,
     return tuple(Count().convert(part, param, ctx) for part in value.split(",")) if value else ()
 
 
-FOLDER = FILE = click.Path(path_type=Path)
+class Folder(click.Path):
+    """A folder here, or the URL of one in a store."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        return place(value)
+
+
+FOLDER = Folder()
+FILE = click.Path(path_type=Path)
 
 quiet = click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object (docs/json.md has its shape).")
@@ -66,7 +75,7 @@ engine = click.option(
     "--engine", default="native", show_default=True, metavar="E", help="Whose files are written: tpshard engines lists."
 )
 source_engine = click.option("--from", "source_engine", metavar="E", help="Whose files SRC has; default: recognised.")
-config = click.option("--config", type=FILE, metavar="FILE", help="The model's config.json, where SRC has none.")
+config = click.option("--config", type=FOLDER, metavar="FILE", help="The model's config.json, where SRC has none.")
 no_manifest = click.option("--no-manifest", is_flag=True, help="Write the engine's files alone.")
 max_shard_size = click.option(
     "--max-shard-size", type=Size(), metavar="SIZE", help="Start a new file beyond this, e.g. 5GB, 4GiB."

@@ -115,18 +115,19 @@ def done_text(verb: str, conversion: Conversion, done: Done) -> str:
     )
 
 
+def written_json(done: Done) -> dict[str, Any]:
+    return {
+        "files": [{"name": f.name, "rank": f.rank, "size": f.size, "digest": f.digest} for f in done.written.files],
+        "bytes_read": done.bytes_read,
+        "bytes_written": done.bytes_written,
+        "seconds": round(done.seconds, 3),
+        "sync_seconds": round(done.sync_seconds, 3),
+        "resumed": done.resumed,
+    }
+
+
 def done_json(command: str, conversion: Conversion, done: Done | None, summary: Summary) -> dict[str, Any]:
     """The JSON of split, merge and reshard; ``written`` is null after --dry-run."""
-    written = None
-    if done is not None:
-        written = {
-            "files": [{"name": f.name, "rank": f.rank, "size": f.size, "digest": f.digest} for f in done.written.files],
-            "bytes_read": done.bytes_read,
-            "bytes_written": done.bytes_written,
-            "seconds": round(done.seconds, 3),
-            "sync_seconds": round(done.sync_seconds, 3),
-            "resumed": done.resumed,
-        }
     return {
         "command": command,
         "source": str(conversion.plan.source.place),
@@ -135,6 +136,6 @@ def done_json(command: str, conversion: Conversion, done: Done | None, summary: 
         "policy": conversion.policy.name if conversion.policy else None,
         "engine": conversion.engine or ("native" if conversion.policy else None),
         "plan": summary.as_json(),
-        "written": written,
+        "written": written_json(done) if done else None,
         "warnings": list(conversion.warnings),
     }
