@@ -22,10 +22,14 @@ from tpshard.conversion import run
 from tpshard.convert import plan_split
 from tpshard.demo import make_checkpoint
 from tpshard.errors import StorageError, UsageError
+from tpshard.journal import Portion
 from tpshard.launch import Launch
+from tpshard.manifest import FileRecord
 from tpshard.meeting import LostError, gather, join
 from tpshard.plan import Plan
+from tpshard.share import Share
 from tpshard.shares import deal, output_sizes
+from tpshard.staging import Shared
 
 SWEEP = pytest.mark.sweep
 ROOT = Path(__file__).parent.parent
@@ -190,6 +194,39 @@ def test_every_file_and_every_whole_has_one_process(count: int, limit: int | Non
     sizes = output_sizes(plan)
     loads = [sum(sizes[name] for name in names) for names, _ in lots]
     assert max(loads) <= sum(sizes.values()) / count + max(sizes.values())
+
+
+def test_what_is_done_is_not_dealt_again(folder: Path) -> None:
+    """Two files of the first part, which know the digests of some of its items; others of it are still wanted."""
+    plan = plan_of(folder, max_shard_size=40_000)
+    first = [output for output in plan.outputs if output.part == 0]
+    digests = tuple("d" if number % 2 else "" for number in range(first[0].first, first[0].last))
+    files = tuple(FileRecord(output.name, output.rank, 0, 1, "x") for output in first[:2])
+    done = Portion(files, first[0].first, digests, ((None,) * 3,) * len(digests))
+    lots = deal(plan, [done], 2)
+    left = {output.name for output in plan.outputs} - {file.name for file in files}
+    assert sorted(name for names, _ in lots for name in names) == sorted(left)
+    known = {first[0].first + number for number, digest in enumerate(digests) if digest}
+    assert sorted(item for _, wholes in lots for item in wholes) == sorted(set(range(len(plan.items))) - known)
+
+
+def test_what_ends_another_process_ends_the_copying(folder: Path) -> None:
+    from tpshard.journal import Head
+    from tpshard.running import Task, _carried_out
+
+    plan = plan_of(folder, max_shard_size=40_000)
+    names = tuple(output.name for output in plan.outputs)
+    task = Task(plan, Head({}, names), "xxh3-128-tree", 1, lambda count: None)
+    staging = Shared(folder / "x", names)
+    staging.folder.mkdir()
+
+    def check() -> None:
+        raise StorageError("another one is gone")
+
+    share = Share(names, range(len(plan.items)))
+    with pytest.raises(StorageError, match="another one is gone"), _carried_out(task, share, staging, print, check):
+        pass
+    assert len(list(staging.folder.iterdir())) < len(names)
 
 
 def test_sizes_are_those_of_the_files(folder: Path) -> None:
@@ -433,8 +470,6 @@ def test_the_model_counts_what_is_read(count: int, folder: Path, monkeypatch: py
     from tests.bench import model
     from tpshard.digest import TREE
     from tpshard.execute import execute
-    from tpshard.share import Share
-    from tpshard.staging import Shared
 
     plan = plan_of(folder, max_shard_size=100_000)
     transfers = [transfer for _, transfer in plan.transfers()]

@@ -19,6 +19,7 @@ from tpshard.demo import make_checkpoint
 from tpshard.errors import StorageError, UsageError
 from tpshard.journal import Portion
 from tpshard.manifest import FileRecord
+from tpshard.staging import Staging
 
 PARTS = {"max_shard_size": 40_000}  # four parts of three files
 CALLS = ("fsync", "pwritev", "write", "mkdir", "rename", "unlink")
@@ -127,8 +128,6 @@ def stopped(folder: Path, command: str = "split", at: int = 5, **options: Any) -
             raise StorageError("the disk is gone", hint="find it")
         original(self, portion)
 
-    from tpshard.staging import Staging
-
     original = Staging.record
     Staging.record = stopping  # type: ignore[method-assign]
     conversion, given = planned(command, folder, True)
@@ -231,13 +230,34 @@ def test_strangers_files_are_left_alone(folder: Path, left: Path) -> None:
     assert tree(folder) == before
 
 
-def test_a_torn_journal_is_read_as_far_as_it_goes(folder: Path, left: Path) -> None:
+@pytest.mark.parametrize("missing", [1, 5])
+def test_a_torn_journal_is_read_as_far_as_it_goes(missing: int, folder: Path, left: Path) -> None:
     journal = left.with_name(f"{left.name}.journal")
     lines = journal.read_bytes().splitlines(keepends=True)
-    journal.write_bytes(b"".join(lines[:2]) + lines[2][:-5])
-    assert run(*planned("split", folder, True)).resumed == 3
+    journal.write_bytes(b"".join(lines[:2]) + lines[2][:-missing])
+    stopped(folder, at=2)
+    assert run(*planned("split", folder, True)).resumed == 6
     run(*planned("split", folder, False, "wanted"))
     assert tree(folder / "target") == tree(folder / "wanted")
+
+
+def test_files_are_on_the_disk_before_the_journal_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: set[int] = set()
+    fsync, record = os.fsync, Staging.record
+
+    def syncing(fd: int) -> None:
+        synced.add(os.fstat(fd).st_ino)
+        fsync(fd)
+
+    def recording(self: Staging, portion: Portion) -> None:
+        assert {(self.folder / file.name).stat().st_ino for file in portion.files} <= synced
+        record(self, portion)
+        assert self.beside("journal").stat().st_ino in synced
+        synced.clear()
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(Staging, "record", recording)
+    run(*planned("split", folder, False))
 
 
 def test_nothing_to_resume_is_an_ordinary_run(folder: Path) -> None:
