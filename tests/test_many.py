@@ -197,16 +197,17 @@ def test_every_file_and_every_whole_has_one_process(count: int, limit: int | Non
 
 
 def test_what_is_done_is_not_dealt_again(folder: Path) -> None:
-    """Two files of the first part, which know the digests of some of its items; others of it are still wanted."""
+    """Two files of one part, which know the digests of some of its items; the others are still wanted."""
     plan = plan_of(folder, max_shard_size=40_000)
-    first = [output for output in plan.outputs if output.part == 0]
+    first = list(max(plan.parts(), key=lambda outputs: outputs[0].last - outputs[0].first))
     digests = tuple("d" if number % 2 else "" for number in range(first[0].first, first[0].last))
-    files = tuple(FileRecord(output.name, output.rank, 0, 1, "x") for output in first[:2])
+    files = tuple(FileRecord(output.name, output.rank, output.part, 1, "x") for output in first[:2])
     done = Portion(files, first[0].first, digests, ((None,) * 3,) * len(digests))
     lots = deal(plan, [done], 2)
     left = {output.name for output in plan.outputs} - {file.name for file in files}
     assert sorted(name for names, _ in lots for name in names) == sorted(left)
     known = {first[0].first + number for number, digest in enumerate(digests) if digest}
+    assert known
     assert sorted(item for _, wholes in lots for item in wholes) == sorted(set(range(len(plan.items))) - known)
 
 
