@@ -162,14 +162,14 @@ def test_srun_and_horovodrun(folder: Path) -> None:
         assert tree(folder / words[2]) == wanted
 
 
-def test_engines_files(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["dcp", pytest.param("megatron", marks=SWEEP), pytest.param("vllm", marks=SWEEP)])
+def test_engines_files(engine: str, tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "model")
-    for engine in ("megatron", "dcp"):
-        words = ["split", "model", engine, "--tp", "2", "--engine", engine]
-        wanted = alone(tmp_path, words)
-        ended = start(tmp_path, words, [torchrun(rank, 2) for rank in range(2)])
-        assert [code for code, _, _ in ended] == [0, 0], ended
-        assert tree(tmp_path / engine) == wanted
+    words = ["split", "model", engine, "--tp", "2", "--engine", engine]
+    wanted = alone(tmp_path, words)
+    ended = start(tmp_path, words, [torchrun(rank, 2) for rank in range(2)])
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    assert tree(tmp_path / engine) == wanted
 
 
 # ---------------------------------------------------------------------------------------------- who writes what
@@ -438,7 +438,7 @@ def two_hosts() -> Iterator[list[str]]:
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
-@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("resume", [False, pytest.param(True, marks=SWEEP)])
 def test_two_machines(resume: bool, two_hosts: list[str], folder: Path) -> None:
     """Two processes on each; the second machine is told nothing but the folder."""
     words = [*SPLIT, *PARTS, *(["--resume"] if resume else [])]
