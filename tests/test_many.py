@@ -22,10 +22,14 @@ from tpshard.conversion import run
 from tpshard.convert import plan_split
 from tpshard.demo import make_checkpoint
 from tpshard.errors import StorageError, UsageError
+from tpshard.journal import Portion
 from tpshard.launch import Launch
+from tpshard.manifest import FileRecord
 from tpshard.meeting import LostError, gather, join
 from tpshard.plan import Plan
+from tpshard.share import Share
 from tpshard.shares import deal, output_sizes
+from tpshard.staging import Shared
 
 SWEEP = pytest.mark.sweep
 ROOT = Path(__file__).parent.parent
@@ -158,14 +162,14 @@ def test_srun_and_horovodrun(folder: Path) -> None:
         assert tree(folder / words[2]) == wanted
 
 
-def test_engines_files(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["dcp", pytest.param("megatron", marks=SWEEP), pytest.param("vllm", marks=SWEEP)])
+def test_engines_files(engine: str, tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "model")
-    for engine in ("megatron", "dcp"):
-        words = ["split", "model", engine, "--tp", "2", "--engine", engine]
-        wanted = alone(tmp_path, words)
-        ended = start(tmp_path, words, [torchrun(rank, 2) for rank in range(2)])
-        assert [code for code, _, _ in ended] == [0, 0], ended
-        assert tree(tmp_path / engine) == wanted
+    words = ["split", "model", engine, "--tp", "2", "--engine", engine]
+    wanted = alone(tmp_path, words)
+    ended = start(tmp_path, words, [torchrun(rank, 2) for rank in range(2)])
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    assert tree(tmp_path / engine) == wanted
 
 
 # ---------------------------------------------------------------------------------------------- who writes what
@@ -190,6 +194,40 @@ def test_every_file_and_every_whole_has_one_process(count: int, limit: int | Non
     sizes = output_sizes(plan)
     loads = [sum(sizes[name] for name in names) for names, _ in lots]
     assert max(loads) <= sum(sizes.values()) / count + max(sizes.values())
+
+
+def test_what_is_done_is_not_dealt_again(folder: Path) -> None:
+    """Two files of one part, which know the digests of some of its items; the others are still wanted."""
+    plan = plan_of(folder, max_shard_size=40_000)
+    first = list(max(plan.parts(), key=lambda outputs: outputs[0].last - outputs[0].first))
+    digests = tuple("d" if number % 2 else "" for number in range(first[0].first, first[0].last))
+    files = tuple(FileRecord(output.name, output.rank, output.part, 1, "x") for output in first[:2])
+    done = Portion(files, first[0].first, digests, ((None,) * 3,) * len(digests))
+    lots = deal(plan, [done], 2)
+    left = {output.name for output in plan.outputs} - {file.name for file in files}
+    assert sorted(name for names, _ in lots for name in names) == sorted(left)
+    known = {first[0].first + number for number, digest in enumerate(digests) if digest}
+    assert known
+    assert sorted(item for _, wholes in lots for item in wholes) == sorted(set(range(len(plan.items))) - known)
+
+
+def test_what_ends_another_process_ends_the_copying(folder: Path) -> None:
+    from tpshard.journal import Head
+    from tpshard.running import Task, _carried_out
+
+    plan = plan_of(folder, max_shard_size=40_000)
+    names = tuple(output.name for output in plan.outputs)
+    task = Task(plan, Head({}, names), "xxh3-128-tree", 1, lambda count: None)
+    staging = Shared(folder / "x", names)
+    staging.folder.mkdir()
+
+    def check() -> None:
+        raise StorageError("another one is gone")
+
+    share = Share(names, range(len(plan.items)))
+    with pytest.raises(StorageError, match="another one is gone"), _carried_out(task, share, staging, print, check):
+        pass
+    assert len(list(staging.folder.iterdir())) < len(names)
 
 
 def test_sizes_are_those_of_the_files(folder: Path) -> None:
@@ -400,7 +438,7 @@ def two_hosts() -> Iterator[list[str]]:
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
-@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("resume", [False, pytest.param(True, marks=SWEEP)])
 def test_two_machines(resume: bool, two_hosts: list[str], folder: Path) -> None:
     """Two processes on each; the second machine is told nothing but the folder."""
     words = [*SPLIT, *PARTS, *(["--resume"] if resume else [])]
@@ -433,8 +471,6 @@ def test_the_model_counts_what_is_read(count: int, folder: Path, monkeypatch: py
     from tests.bench import model
     from tpshard.digest import TREE
     from tpshard.execute import execute
-    from tpshard.share import Share
-    from tpshard.staging import Shared
 
     plan = plan_of(folder, max_shard_size=100_000)
     transfers = [transfer for _, transfer in plan.transfers()]

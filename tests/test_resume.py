@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from tpshard.demo import make_checkpoint
 from tpshard.errors import StorageError, UsageError
 from tpshard.journal import Portion
 from tpshard.manifest import FileRecord
+from tpshard.staging import Staging
 
 PARTS = {"max_shard_size": 40_000}  # four parts of three files
 CALLS = ("fsync", "pwritev", "write", "mkdir", "rename", "unlink")
@@ -127,8 +130,6 @@ def stopped(folder: Path, command: str = "split", at: int = 5, **options: Any) -
             raise StorageError("the disk is gone", hint="find it")
         original(self, portion)
 
-    from tpshard.staging import Staging
-
     original = Staging.record
     Staging.record = stopping  # type: ignore[method-assign]
     conversion, given = planned(command, folder, True)
@@ -231,13 +232,53 @@ def test_strangers_files_are_left_alone(folder: Path, left: Path) -> None:
     assert tree(folder) == before
 
 
-def test_a_torn_journal_is_read_as_far_as_it_goes(folder: Path, left: Path) -> None:
+@pytest.mark.parametrize("missing", [1, 5])
+def test_a_torn_journal_is_read_as_far_as_it_goes(missing: int, folder: Path, left: Path) -> None:
     journal = left.with_name(f"{left.name}.journal")
     lines = journal.read_bytes().splitlines(keepends=True)
-    journal.write_bytes(b"".join(lines[:2]) + lines[2][:-5])
-    assert run(*planned("split", folder, True)).resumed == 3
+    journal.write_bytes(b"".join(lines[:2]) + lines[2][:-missing])
+    stopped(folder, at=2)
+    assert run(*planned("split", folder, True)).resumed == 6
     run(*planned("split", folder, False, "wanted"))
     assert tree(folder / "target") == tree(folder / "wanted")
+
+
+def test_files_are_on_the_disk_before_the_journal_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: set[int] = set()
+    fsync, record = os.fsync, Staging.record
+
+    def syncing(fd: int) -> None:
+        synced.add(os.fstat(fd).st_ino)
+        fsync(fd)
+
+    def recording(self: Staging, portion: Portion) -> None:
+        assert {(self.folder / file.name).stat().st_ino for file in portion.files} <= synced
+        record(self, portion)
+        assert self.beside("journal").stat().st_ino in synced
+        synced.clear()
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(Staging, "record", recording)
+    run(*planned("split", folder, False))
+
+
+def test_a_file_system_without_locks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run is possible; what is there may be another's, so that nobody takes it over unasked."""
+
+    def refusing(fd: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    run(*planned("split", folder, False, "wanted"))
+    monkeypatch.setattr("fcntl.flock", refusing)
+    run(*planned("split", folder, False))
+    assert tree(folder / "target") == tree(folder / "wanted")
+    shutil.rmtree(folder / "target")
+    stopped(folder, at=3)
+    before = tree(folder)
+    for resume in (True, False):
+        with pytest.raises(StorageError, match=r"this file system has no locks \(remove it if no run is writing\)"):
+            run(*planned("split", folder, resume))
+    assert tree(folder) == before
 
 
 def test_nothing_to_resume_is_an_ordinary_run(folder: Path) -> None:
@@ -260,18 +301,20 @@ def test_without_resume_a_failure_leaves_nothing(folder: Path, monkeypatch: pyte
         assert sorted(path.name for path in folder.iterdir()) == ["shards", "source", "tiny.yaml"]
 
 
-def test_an_engines_files_go_on_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "engine", ["megatron", "dcp", *(pytest.param(e, marks=pytest.mark.sweep) for e in ("dcp-hf", "vllm"))]
+)
+def test_an_engines_files_go_on_too(engine: str, tmp_path: Path) -> None:
     """Their order is not that of the items, and their shards may not be those of ranks."""
-    make_checkpoint(tmp_path / "model")
-    for engine in ("megatron", "dcp", "dcp-hf", "vllm"):
-        api.split(tmp_path / "model", tmp_path / f"{engine}-wanted", tp=2, engine=engine, max_shard_size=10**6)
-        words = [sys.executable, "-c", AFTER_ONE, str(tmp_path / "model"), str(tmp_path / engine), engine]
-        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
-        assert done.returncode == -signal.SIGKILL, done.stderr
-        target, model = tmp_path / engine, tmp_path / "model"
-        again = api.split(model, target, tp=2, engine=engine, max_shard_size=10**6, resume=True)
-        assert again.resumed > 0
-        assert tree(target) == tree(tmp_path / f"{engine}-wanted")
+    model, target = tmp_path / "model", tmp_path / "target"
+    make_checkpoint(model)
+    api.split(model, tmp_path / "wanted", tp=2, engine=engine, max_shard_size=10**6)
+    words = [sys.executable, "-c", AFTER_ONE, str(model), str(target), engine]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    again = api.split(model, target, tp=2, engine=engine, max_shard_size=10**6, resume=True)
+    assert again.resumed > 0
+    assert tree(target) == tree(tmp_path / "wanted")
 
 
 AFTER_ONE = """

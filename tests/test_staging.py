@@ -141,6 +141,21 @@ def test_what_lies_in_the_staging_folder_of_others_is_not_touched(tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x"]
 
 
+def test_what_a_killed_run_left_is_in_nobodys_way(tmp_path: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        staging = staging_of(tmp_path / "x", "a", "in/b").__enter__()
+        staging.write("a", b"half")
+        staging.write("in/b", b"half")
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert len(list(tmp_path.iterdir())) == 2  # the folder and its journal
+    with staging_of(tmp_path / "x", "a") as staging:
+        staging.write("a", b"new")
+        staging.commit()
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == ["x", "x/a"]
+
+
 def test_a_file_is_written_once(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="File exists"), staging_of(tmp_path / "x", "a") as staging:
         staging.write("a", b"1")
