@@ -142,7 +142,7 @@ def read_frame(path: Path) -> Kept:
     listed = parse_json_object(raw[8 : 8 + length], str(path))
     try:
         return _kept(listed, raw[8 + length :])
-    except (InputError, KeyError, TypeError, ValueError, zlib.error) as error:
+    except (InputError, KeyError, TypeError, ValueError, AttributeError, zlib.error) as error:
         raise InputError(f"{path}: is malformed: {printable(str(error))}") from None
 
 

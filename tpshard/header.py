@@ -41,6 +41,7 @@ DTYPE_ORDER: Mapping[str, int] = {dtype: place for place, dtype in enumerate(DTY
 
 MAX_HEADER = 100_000_000  # the format's own limit
 MAX_TENSORS = 250_000  # largest known checkpoint: 223,000 in all its files; bounds time and memory on hostile input
+MAX_VALUES = 8_000_000  # of the header's JSON, ten for a tensor; each may take 100 bytes of memory
 MAX_NAME = 1_024
 MAX_DIMENSIONS = 16
 
@@ -164,6 +165,9 @@ def parse_json_object(text: bytes, what: str) -> dict[str, Any]:
 def _parse(raw: bytes, data_start: int, file_size: int, path: Path) -> Header:
     if not raw.startswith(b"{"):
         raise InputError(f"{path}: the header does not begin with '{{'")
+    values = sum(map(raw.count, (b",", b"[", b"{")))
+    if values > MAX_VALUES:
+        raise InputError(f"{path}: header of up to {values} values, at most {MAX_VALUES} are read")
     table = parse_json_object(raw, f"{path}: header")
     metadata = table.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
