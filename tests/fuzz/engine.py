@@ -3,6 +3,7 @@ JSON is also changed as a tree, so that what comes out is JSON still."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import struct
@@ -13,7 +14,7 @@ from typing import Any
 import atheris
 
 with atheris.instrument_imports(include=["tpshard"], enable_loader_override=False):
-    from tests.fuzz.targets import TARGETS
+    from tests.fuzz.targets import TARGETS, planted
     from tpshard.errors import TpshardError
 
 VALUES: tuple[Any, ...] = (
@@ -49,7 +50,7 @@ def changed_tree(text: bytes, seed: int) -> bytes:
         other, its_key = chance.choice(places)
         match chance.randrange(6):
             case 0:
-                holder[key] = chance.choice(VALUES)
+                holder[key] = json.loads(json.dumps(chance.choice(VALUES)))
             case 1:
                 holder[key] = json.loads(json.dumps(other[its_key]))
             case 2:
@@ -82,10 +83,8 @@ def of_header(data: bytes, limit: int, seed: int) -> bytes:
     text, rest = (data[8 : 8 + length], data[8 + length :]) if length < len(data) else (data[8:], b"")
     text = of_json(text, limit, seed)
     if seed % 2:
-        try:
+        with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError):
             rest = bytes(min(4096, max((entry["data_offsets"][1] for entry in json.loads(text).values()), default=0)))
-        except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError):
-            pass
     return (struct.pack("<Q", len(text)) + text + rest)[:limit]
 
 
@@ -96,7 +95,7 @@ MUTATORS: dict[str, Callable[[bytes, int, int], bytes]] = {
 
 def main() -> None:
     name, *words = sys.argv[1:]
-    target = TARGETS[name]
+    target = {**TARGETS, "planted": planted}[name]
 
     def run(data: bytes) -> None:
         try:

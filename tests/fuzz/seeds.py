@@ -1,5 +1,5 @@
-"""Inputs to begin with: small valid ones of every form, and known bad ones. ``python -m tests.fuzz.seeds`` writes them
-into the corpus; what the fuzzer adds there has names of its own."""
+"""Inputs to begin with: small valid ones of every form, and known bad ones. ``python -m tests.fuzz.seeds`` writes those
+that the corpus does not have yet; what the fuzzer found has names of its own there."""
 
 from __future__ import annotations
 
@@ -49,12 +49,15 @@ def policy() -> Seeds:
     for name in ("llama.yaml", "gpt2.yaml", "moe.yaml"):
         if folder.joinpath(name).is_file():
             yield name, folder.joinpath(name).read_bytes()[:3000].rpartition(b"\n")[0]
-    yield "every-key", (
-        b"name: all\nextends: llama\ndescription: x\nfor: {model_type: [a, b], n: 3}\nvars: {A: n_head | 2 * B, B: 4}\n"
-        b"rules:\n  a.{b,c}: {rule: column, heads: A, gather: true}\n  q_proj: {rule: column, dims: io, unit: 2}\n"
-        b"  k_proj: {rule: column, parts: [[2, A], [1, 8]], uneven: true}\n  v_proj: {rule: row, pad: 8}\n"
-        b"  '**.experts.*': {rule: column, experts: A, stacked: 2}\n  norm: {rule: replicate, gather: input}\n"
-        b"default: replicate\nstages: {layers: model.layers, first: embed, last: [norm, head], every: r, tied: {a: b}}\n"
+    yield (
+        "every-key",
+        (
+            b"name: all\nextends: llama\ndescription: x\nfor: {model_type: [a, b], n: 3}\nvars: {A: n_head | 2 * B, B: 4}\n"
+            b"rules:\n  a.{b,c}: {rule: column, heads: A, gather: true}\n  q_proj: {rule: column, dims: oi, unit: 2}\n"
+            b"  k_proj: {rule: column, parts: [[1, 12], [2, 9]], uneven: true}\n  v_proj: {rule: row, pad: 8}\n"
+            b"  '**.experts.*': {rule: column, experts: A, stacked: 2}\n  norm: {rule: replicate, gather: input}\n"
+            b"default: replicate\nstages: {layers: model.layers, first: embed, last: [norm, head], every: r, tied: {a: b}}\n"
+        ),
     )
     yield "two", b"name: a\nrules: {x: row}\ndefault: replicate\n---\nname: b\nextends: a\n"
     yield "alias", b"name: &x a\nrules: {a: *x}\n"
@@ -72,7 +75,12 @@ def manifest() -> Seeds:
     yield "engine", json.dumps({**table, "engine": "vllm"}).encode()
     yield "half", json.dumps({**table, "engine": "\ud800"}).encode()
     first = table["tensors"][0]
-    yield "copy", json.dumps({**table, "tensors": [*table["tensors"], {**first, "name": "c", "copy_of": first["name"]}]}).encode()
+    yield (
+        "copy",
+        json.dumps(
+            {**table, "tensors": [*table["tensors"], {**first, "name": "c", "copy_of": first["name"]}]}
+        ).encode(),
+    )
 
 
 def index() -> Seeds:
@@ -86,8 +94,14 @@ def index() -> Seeds:
 def config_seeds() -> Seeds:
     yield "tiny", json.dumps(config()).encode()
     for model_type in ("llama", "gpt2", "mixtral", "bert", "keras_sequential"):
-        yield model_type, json.dumps({**config(), "model_type": model_type, "architectures": ["X"], "tie": None}).encode()
-    yield "nested", json.dumps({"model_type": "llava", "text_config": config(), "vision_config": {"a": [1, 2.5]}}).encode()
+        yield (
+            model_type,
+            json.dumps({**config(), "model_type": model_type, "architectures": ["X"], "tie": None}).encode(),
+        )
+    yield (
+        "nested",
+        json.dumps({"model_type": "llava", "text_config": config(), "vision_config": {"a": [1, 2.5]}}).encode(),
+    )
     keras = DATA / "ckpt" / "config.json"
     yield "keras", keras.read_bytes()
 
@@ -155,6 +169,8 @@ def frame() -> Seeds:
         table = {"format": "tpshard-frame", "version": 1, "size": 12, "around": around, "starts": {"a": 3}}
         text = json.dumps(table).encode()
         yield f"of-{len(around)}", struct.pack("<Q", len(text)) + text + zlib.compress(content)
+    table["starts"] = []
+    yield "no-table", struct.pack("<Q", len(json.dumps(table))) + json.dumps(table).encode() + zlib.compress(bytes(5))
 
 
 SEEDS = {
@@ -167,4 +183,5 @@ if __name__ == "__main__":
     for target, seeds in SEEDS.items():
         (CORPUS / target).mkdir(parents=True, exist_ok=True)
         for name, content in seeds():
-            (CORPUS / target / name).write_bytes(content)
+            if not (CORPUS / target / name).exists():
+                (CORPUS / target / name).write_bytes(content)

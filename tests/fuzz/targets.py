@@ -192,7 +192,15 @@ def expression(data: bytes) -> None:
     with contextlib.suppress(PatternError):
         for pattern in parse_patterns(text):
             pattern.matches("model.layers.0.self_attn.q_proj")
-    evaluate(text, {**config(), "nested": {"list": [1, 2, {"deep": 3}]}}, {"a": "b + b", "b": "c * 2", "c": "hidden_size"})
+    evaluate(
+        text, {**config(), "nested": {"list": [1, 2, {"deep": 3}]}}, {"a": "b + b", "b": "c * 2", "c": "hidden_size"}
+    )
+
+
+def planted(data: bytes) -> None:
+    """A fault on purpose, for the test of the fuzzer itself."""
+    if b"ZZ" in data:
+        raise ZeroDivisionError("planted")
 
 
 def _text(data: bytes) -> str:
