@@ -78,7 +78,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("engines.settings.megatron", "engines.settings.of"),
     ("engines.files", "engines.finding", "engines.bytewise", "engines.dealt"),
     ("engines.opening", "engines.whole", "engines.writing"),
-    ("convert", "summary", "demo"),
+    ("convert", "summary", "demo", "statement"),
     ("verify.report", "verify.slots", *FAMILIES, "verify.families.__init__"),
     ("verify.axes", "verify.differences", "verify.ties", "verify.siblings", "verify.layout", "verify.grid_layout"),
     ("verify.adapter_layout_check",),
@@ -114,7 +114,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("api",),
     ("cli.__init__", "cli.options", "cli.render", "cli.carry_out"),
     ("cli.report_text", "cli.junit", "cli.markdown", "cli.report_files"),
-    ("cli.split", "cli.merge", "cli.reshard", "cli.verify", "cli.inspect", "cli.engines", "cli.demo"),
+    ("cli.split", "cli.merge", "cli.reshard", "cli.verify", "cli.inspect", "cli.statement", "cli.engines", "cli.demo"),
     ("cli.policy_check", "cli.policy_init", "cli.policy"),
     ("cli.main", "__main__"),
 ]

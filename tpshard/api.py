@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from tpshard import conversion, convert
 from tpshard.checkpoint import Checkpoint
@@ -24,6 +25,7 @@ from tpshard.conversion import DEFAULT_DIGEST, Done, Options
 from tpshard.engines.opening import NATIVE, Source, open_any
 from tpshard.errors import UsageError
 from tpshard.mesh import Grid, Mesh
+from tpshard.statement import statement as statement_of
 from tpshard.verify.report import Report
 from tpshard.verify.request import Level, Request
 from tpshard.verify.run import names_on_disk
@@ -158,6 +160,11 @@ def verify(
 def inspect(folder: Folder, *, engine: str | None = None, config: Folder | None = None) -> Checkpoint:
     """A checkpoint of any kind with its headers read: names, shapes, dtypes, layouts and places."""
     return open_any(_source(folder, engine, config))
+
+
+def statement(folder: Folder) -> dict[str, Any]:
+    """An in-toto Statement of a shard folder that was split with ``digest="sha256"``: what is signed."""
+    return statement_of(Path(folder))
 
 
 def _source(folder: Folder, engine: str | None, config: Folder | None) -> Source:

@@ -23,6 +23,7 @@ COMMANDS = {
     "reshard": "Recut shards for another number of ranks.",
     "verify": "Prove that shards are right, or find out where they are wrong.",
     "inspect": "Show the tensors of a checkpoint or shard folder.",
+    "statement": "Print an in-toto Statement of a shard folder, for signing.",
     "engines": "List the engines whose folders are read and written.",
     "policy": "List, show, check and draft policies.",
     "demo": "See the main job done on a small model made on the spot.",
