@@ -9,6 +9,7 @@ shapes.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -16,11 +17,12 @@ import os
 import re
 import stat
 import struct
+import tempfile
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 
@@ -98,7 +100,7 @@ def read_header(path: Path) -> Header:
         if not stat.S_ISREG(info.st_mode):
             raise InputError(f"{path}: is not a regular file")
         with path.open("rb") as file:
-            raw, data_start = _header_bytes(file.fileno(), info.st_size, path)
+            raw, data_start = _header_bytes(file, info.st_size, path)
     except FileNotFoundError:
         broken = path.is_symlink()
         what = "is a link to a file that is not there" if broken else "is not there"
@@ -106,14 +108,16 @@ def read_header(path: Path) -> Header:
     except OSError as error:
         raise StorageError(f"{path}: {error.strerror}") from None
     header = _parse(raw, data_start, info.st_size, path)
-    _ask_the_library(path)
+    _ask_the_library(path, raw, data_start, info.st_size)
     return header
 
 
-def _header_bytes(fd: int, size: int, path: Path) -> tuple[bytes, int]:
-    head = os.pread(fd, 64, 0)
+def _header_bytes(file: BinaryIO, size: int, path: Path) -> tuple[bytes, int]:
+    head = file.read(64)
     if size < 8:
         raise InputError(f"{path}: has {size} bytes, a safetensors file has at least 8", hint="it is truncated")
+    if len(head) < 8:
+        raise StorageError(f"{path}: ends at byte {len(head)}, it had {size}", hint="was it changed just now?")
     (length,) = struct.unpack("<Q", head[:8])
     if length > MAX_HEADER or 8 + length > size:  # only then: a header of 640 bytes begins like a pickle
         for start, (what, hint) in _OTHER_KINDS.items():
@@ -123,17 +127,33 @@ def _header_bytes(fd: int, size: int, path: Path) -> tuple[bytes, int]:
         raise InputError(f"{path}: header of {length} bytes, the format allows {MAX_HEADER}", hint="is it safetensors?")
     if 8 + length > size:
         raise InputError(f"{path}: header promises {length} bytes, the file has {size - 8}", hint="it is truncated")
-    return os.pread(fd, length, 8), 8 + length
+    file.seek(8)
+    raw = file.read(length)
+    if len(raw) != length:
+        raise StorageError(f"{path}: ends at byte {8 + len(raw)}, it had {size} bytes", hint="was it changed just now?")
+    return raw, 8 + length
 
 
-def _ask_the_library(path: Path) -> None:
+def _ask_the_library(path: Path, raw: bytes, data_start: int, size: int) -> None:
     try:
-        with safe_open(path, framework="numpy"):
+        with _apart(raw, data_start, size) as there, safe_open(there, framework="numpy"):
             pass
     except SafetensorError as error:
         raise InputError(f"{path}: {printable(str(error))}") from None
     except OSError as error:
         raise StorageError(f"{path}: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
+def _apart(raw: bytes, data_start: int, size: int) -> Iterator[str]:
+    """A file with the same header and size, of which the rest is a hole. The library maps what it opens: of a file that
+    somebody cuts short at this moment, that would end the process."""
+    in_memory = hasattr(os, "memfd_create")
+    with open(os.memfd_create("header"), "wb") if in_memory else tempfile.NamedTemporaryFile() as file:
+        file.write(struct.pack("<Q", data_start - 8) + raw)
+        file.truncate(size)
+        file.flush()
+        yield f"/proc/self/fd/{file.fileno()}" if in_memory else file.name
 
 
 def parse_json_object(text: bytes, what: str) -> dict[str, Any]:
