@@ -21,27 +21,24 @@ ALGORITHM = "sha256"  # what in-toto's tools compare
 
 
 def statement(folder: Path) -> dict[str, Any]:
-    """The Statement: every file as a subject, the manifest too; as predicate what the files are, and each whole
-    tensor's digest. Raises InputError, UsageError where the digests are of another kind."""
+    """The Statement: every file as a subject, the manifest too; as predicate what the files are. Raises InputError,
+    UsageError where the files' digests are of another kind."""
     manifest = read_manifest(folder)
     if manifest.algorithm != ALGORITHM:
         what = f"{folder}: its digests are {manifest.algorithm}, a statement for signing needs {ALGORITHM}"
         raise UsageError(what, hint=f"split with --digest {ALGORITHM}")
-    digests = {record.name: record.digest for record in (*manifest.files, *manifest.carried)}
+    digests = {file.name: file.digest for file in manifest.files} | {
+        file.name: file.digest for file in manifest.carried
+    }
     digests[MANIFEST_NAME] = hashlib.sha256(read_bytes(folder / MANIFEST_NAME)).hexdigest()
     return {
         "_type": STATEMENT,
-        "subject": [_resource(name, digest) for name, digest in sorted(digests.items())],
+        "subject": [{"name": name, "digest": {ALGORITHM: digest}} for name, digest in sorted(digests.items())],
         "predicateType": PREDICATE,
         "predicate": {
             "ranks": manifest.ranks,
             "mesh": manifest.mesh.as_data(),
             "engine": manifest.engine,
             "policy": manifest.policy,
-            "tensors": [_resource(tensor.name, tensor.digest) for tensor in manifest.tensors],
         },
     }
-
-
-def _resource(name: str, digest: str) -> dict[str, Any]:
-    return {"name": name, "digest": {ALGORITHM: digest}}
