@@ -27,10 +27,9 @@ def statement(folder: Path) -> dict[str, Any]:
     if manifest.algorithm != ALGORITHM:
         what = f"{folder}: its digests are {manifest.algorithm}, a statement for signing needs {ALGORITHM}"
         raise UsageError(what, hint=f"split with --digest {ALGORITHM}")
-    digests = {file.name: file.digest for file in manifest.files} | {
-        file.name: file.digest for file in manifest.carried
-    }
-    digests[MANIFEST_NAME] = hashlib.sha256(read_bytes(folder / MANIFEST_NAME)).hexdigest()
+    digests = {MANIFEST_NAME: hashlib.sha256(read_bytes(folder / MANIFEST_NAME)).hexdigest()}
+    digests |= {file.name: file.digest for file in manifest.files}
+    digests |= {file.name: file.digest for file in manifest.carried}
     return {
         "_type": STATEMENT,
         "subject": [{"name": name, "digest": {ALGORITHM: digest}} for name, digest in sorted(digests.items())],
