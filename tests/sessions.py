@@ -22,16 +22,8 @@ PAGES = [
     *(
         ROOT / "docs" / f"{name}.md"
         for name in (
-            "tutorial",
-            "verify",
-            "any-model",
-            "grid",
-            "quantised",
-            "lora",
-            "megatron-to-vllm",
-            "keras",
-            "many",
-        )
+            "tutorial", "verify", "any-model", "grid", "quantised", "lora", "megatron-to-vllm", "keras", "many", "reliability",
+        )  # fmt: skip
     ),
 ]
 BLOCK = re.compile(r"(?<=^```console\n).*?(?=^```$)", re.MULTILINE | re.DOTALL)

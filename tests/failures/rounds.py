@@ -162,7 +162,8 @@ def run_again(server: Server, case: Case) -> None:
 def clean_up(case: Case, before: set[str]) -> None:
     shutil.rmtree(case.place)
     for name in around(case) - before:
-        shutil.rmtree(case.folder / name)
+        path = case.folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def places(count: int, most: int | None) -> list[int]:

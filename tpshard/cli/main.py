@@ -127,9 +127,9 @@ def _run(arguments: list[str]) -> int:
     except OSError as error:
         where = f"{printable(str(error.filename))}: " if error.filename else ""
         return _report("storage", f"{where}{error.strerror or error}", None, 5, arguments)
-    except MemoryError:
-        return _report("storage", "not enough memory", "run with fewer --workers", 5, arguments)
     except Exception as error:
+        if isinstance(error, MemoryError) or str(error) == "can't start new thread":
+            return _report("storage", "not enough memory", "run with fewer --workers", 5, arguments)
         if os.environ.get("TPSHARD_TRACEBACK"):
             raise
         what = f"internal error: {type(error).__name__}: {error}"
