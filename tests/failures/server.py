@@ -7,6 +7,7 @@ each run and tells how it ended. Only forking makes hundreds of rounds a matter 
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import json
 import os
 import resource
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+LONGEST = 120  # seconds: a run that has not ended by then says where it waits, and fails
 
 
 class Action(IntEnum):
@@ -84,9 +86,9 @@ class Server:
         self._scratch = tempfile.TemporaryDirectory(prefix="tpshard-failures-")
         shim = compiled(Path(self._scratch.name))
         environment = {**os.environ, "LD_PRELOAD": str(shim), "PYTHONDONTWRITEBYTECODE": "1", "TPSHARD_SHIM": str(shim)}
-        environment |= {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "PYTHONWARNINGS": "error"}
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "error", str(HERE / "server.py"), self._scratch.name],
+            [sys.executable, str(HERE / "server.py"), self._scratch.name],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
         )  # fmt: skip
         return self
@@ -178,6 +180,7 @@ def carry_out(scratch: Path, wanted: Mapping[str, Any]) -> int:
         os.dup2(os.open(scratch / f"{me}.{name}", os.O_WRONLY | os.O_CREAT, 0o600), number)
     names = os.open(scratch / f"{me}.calls", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.chdir(wanted["folder"])
+    faulthandler.dump_traceback_later(LONGEST, exit=True)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
