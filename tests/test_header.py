@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import socket
@@ -337,10 +338,11 @@ def test_unreadable(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_disk_that_fails(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(path, {"a": tensor("F32", (3,))})
 
-    def fail(*_: object) -> bytes:
-        raise OSError(5, "Input/output error")
+    class Failing(io.BytesIO):
+        def read(self, *_: object) -> bytes:
+            raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(os, "pread", fail)
+    monkeypatch.setattr(Path, "open", lambda *_: Failing())
     with pytest.raises(StorageError, match="Input/output error"):
         read_header(path)
 
