@@ -22,8 +22,16 @@ PAGES = [
     *(
         ROOT / "docs" / f"{name}.md"
         for name in (
-        for name in (
-            "tutorial", "verify", "any-model", "grid", "quantised", "lora", "megatron-to-vllm", "keras", "many", "reliability",
+            "tutorial",
+            "verify",
+            "any-model",
+            "grid",
+            "quantised",
+            "lora",
+            "megatron-to-vllm",
+            "keras",
+            "many",
+            "reliability",
         )  # fmt: skip
     ),
 ]

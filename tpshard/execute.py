@@ -46,20 +46,11 @@ def execute(
     recorded there. ``finished`` is called with each complete file's record and all items' digests, of which those of
     its part are known. Raises InputError, StorageError.
     """
-<<<<<<< HEAD
     run = _Run(plan, staging, algorithm, workers, progress, share, finished)
-    threads = [threading.Thread(target=run.work, args=(number,), daemon=True) for number in range(1, workers)]
-    for thread in threads:
-        thread.start()
-    try:
-        run.work(0)
-=======
-    run = _Run(plan, staging, algorithm, workers, progress, share)
     threads = [threading.Thread(target=run.work, args=(number,), daemon=True) for number in range(workers)]
     try:  # an interrupt meets the main thread: one that works could leave a lock taken, and the others waiting for ever
         for thread in threads:
             thread.start()
->>>>>>> 43a4603 (Only threads of their own work: an interrupt that met the main thread taking a lock left it taken, and the run hung)
         for thread in threads:
             thread.join()
     except BaseException as error:
