@@ -32,7 +32,7 @@ PAGES = [
             "keras",
             "many",
             "reliability",
-        )  # fmt: skip
+        )
     ),
 ]
 BLOCK = re.compile(r"(?<=^```console\n).*?(?=^```$)", re.MULTILINE | re.DOTALL)
