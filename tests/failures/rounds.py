@@ -117,7 +117,9 @@ def one_round(server: Server, case: Case, fault: Fault, tally: Tally) -> Ended:
     ended = server.run(case.folder, case.words, fault)
     judge(server, case, ended, tally, before)
     assert tree(case.folder / case.source) == source, "the source was changed"
+    existed = is_there(case)
     run_again(server, case)
+    assert existed or around(case) == before, "the next run left what it found"
     clean_up(case, before)
     return ended
 
