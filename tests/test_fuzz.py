@@ -29,6 +29,7 @@ GOOD = {
     "zip": ["stored", "zip64", "empty"],
     "tensorflow": ["ckpt", "variables", "slices"],
     "frame": ["of-0", "of-2"],
+    "journal": ["run", "outside"],
 }
 
 

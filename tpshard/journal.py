@@ -129,7 +129,7 @@ class Journal:
                         self.head = _head(data)
                     else:
                         self.portions.append(Portion.of(data))
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     break
                 good += len(line)
         if os.fstat(self._fd).st_size > good:

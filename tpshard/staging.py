@@ -145,7 +145,9 @@ class Staging(Shared):
         path = self.beside("journal")
         try:
             return Journal(path, self.target)
-        except KeyboardInterrupt:  # it may have been made, and nobody has it
+        except UsageError:
+            raise
+        except BaseException:  # it may have been made, and nobody has it
             with contextlib.suppress(OSError):
                 if path.stat().st_size == 0:
                     path.unlink()

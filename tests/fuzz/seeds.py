@@ -173,10 +173,25 @@ def frame() -> Seeds:
     yield "no-table", struct.pack("<Q", len(json.dumps(table))) + json.dumps(table).encode() + zlib.compress(bytes(5))
 
 
+def journal() -> Seeds:
+    run = dict.fromkeys(("version", "source", "policy", "ranks", "files", "digest"), "0" * 32)
+    head: dict[str, Any] = {
+        "format": "tpshard-journal",
+        "version": 1,
+        "run": run,
+        "files": ["a.safetensors", "b/config.json"],
+    }
+    file = {"name": "a.safetensors", "rank": 0, "part": 0, "size": 9, "digest": "0" * 32}
+    portion = {"files": [file], "first": 0, "digests": ["0" * 32], "shards": [[None, "0" * 32]]}
+    yield "run", b"\n".join(json.dumps(line).encode() for line in (head, portion, portion))
+    yield "outside", json.dumps({**head, "files": ["../source/model.safetensors", "/etc/passwd"]}).encode()
+    yield "numbers", json.dumps({**head, "files": [1]}).encode()
+
+
 SEEDS = {
     "header": header, "policy": policy, "manifest": manifest, "index": index, "config": config_seeds,
     "expression": expression, "pickle": pickled, "torch": torch_file, "dcp": dcp, "zip": zip_directory,
-    "tensorflow": tensorflow, "frame": frame,
+    "tensorflow": tensorflow, "frame": frame, "journal": journal,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 
 import safetensors
+import xxhash
 
 from tests.build import POLICY, config, save, tensor, tiny_shapes
 from tpshard.assignment import assign
@@ -27,6 +28,7 @@ from tpshard.errors import InputError, TpshardError
 from tpshard.expressions import evaluate
 from tpshard.folder import find_weights
 from tpshard.header import parse_json_object, read_header
+from tpshard.journal import Journal
 from tpshard.library import choose_policy, policies_of_text, policy_as_data, policy_from_data
 from tpshard.manifest import manifest_bytes, seal_of
 from tpshard.manifest_parsing import parse_manifest
@@ -197,6 +199,19 @@ def expression(data: bytes) -> None:
     )
 
 
+def journal(data: bytes) -> None:
+    """The journal of a run that ended early, each line with a true digest."""
+    path = scratch() / "target.journal"
+    path.write_bytes(
+        b"".join(xxhash.xxh3_64_hexdigest(line).encode() + b" " + line + b"\n" for line in data.split(b"\n"))
+    )
+    opened = Journal(path, scratch() / "target")
+    opened.close()
+    folder = Path("/folder")
+    for name in opened.head.files if opened.head else ():
+        assert folder in Path(os.path.normpath(folder / name)).parents, "a file that is not in the folder"
+
+
 def planted(data: bytes) -> None:
     """A fault on purpose, for the test of the fuzzer itself."""
     if b"ZZ" in data:
@@ -221,4 +236,5 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "zip": zip_directory,
     "tensorflow": tensorflow,
     "frame": frame,
+    "journal": journal,
 }
