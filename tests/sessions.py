@@ -33,6 +33,7 @@ PAGES = [
             "keras",
             "many",
             "stores",
+            "reliability",
         )
     ),
 ]

@@ -195,7 +195,7 @@ class Folder:
         change(self.manifest)
         if seal:
             self._seal()
-        (self.path / "tpshard.json").write_text(json.dumps(self.manifest))
+        self._write_manifest()
 
     def prefix_manifest(self, begin: str) -> None:
         """Another text in place of the manifest's opening brace."""
@@ -228,7 +228,18 @@ class Folder:
                 if entry.get("shards", [None] * len(held))[rank] and entry["name"] in tensors:
                     entry["shards"][rank] = _digest(tensors[entry["name"]][2])
         self._seal()
-        (self.path / "tpshard.json").write_text(json.dumps(self.manifest))
+        self._write_manifest()
+
+    def _write_manifest(self) -> None:
+        """As docs/format.md has it: top-level keys and items of top-level lists on lines of their own."""
+        lines = []
+        for key, value in self.manifest.items():
+            text = json.dumps(value, ensure_ascii=False)
+            if isinstance(value, list) and value:
+                items = (json.dumps(item, separators=(",", ":"), ensure_ascii=False) for item in value)
+                text = "[\n" + ",\n".join(f"  {item}" for item in items) + "\n ]"
+            lines.append(f"{json.dumps(key)}: {text}")
+        (self.path / "tpshard.json").write_text("{\n " + ",\n ".join(lines) + "\n}\n", "utf-8", "surrogatepass")
 
     def _seal(self) -> None:
         self.manifest.pop("seal", None)

@@ -409,6 +409,10 @@ def raising(error: BaseException) -> Callable[..., Any]:
     [
         (KeyboardInterrupt(), 130, "\ntpshard: interrupted; nothing was left behind\n"),
         (MemoryError(), 5, "tpshard: error: not enough memory (run with fewer --workers)\n"),
+        (
+            RuntimeError("can't start new thread"), 5,
+            "tpshard: error: not enough memory (run with fewer --workers)\n",
+        ),
         (OSError(28, "No space left on device", "x"), 5, "tpshard: error: x: No space left on device\n"),
         (
             ZeroDivisionError("by zero"), 70,

@@ -14,7 +14,9 @@ import torch
 from tests.proof import Arrays
 from tpshard import api
 from tpshard.checkpoint import open_full
+from tpshard.containers import Kept, frame_file, read_frame
 from tpshard.errors import InputError, TpshardError
+from tpshard.header import Entry, Header
 from tpshard.sources import SourceFiles
 from tpshard.tensorflow_index import parse_index
 from tpshard.verify.keras_model import KerasModel
@@ -175,3 +177,10 @@ def test_every_byte_of_the_index_may_be_wrong(tmp_path: Path) -> None:
 def test_no_index_at_all(raw: bytes) -> None:
     with pytest.raises(InputError, match=r"ckpt\.index: is not a TensorFlow index"):
         parse_index(raw, "ckpt.index")
+
+
+def test_a_file_that_is_all_tensors_has_nothing_around_them(tmp_path: Path) -> None:
+    (tmp_path / "x.data").write_bytes(bytes(12))
+    header = Header({"a": Entry("F32", (3,), 0, 12)}, {}, 0, 12)
+    (tmp_path / "x.frame").write_bytes(frame_file(tmp_path / "x.data", header))
+    assert read_frame(tmp_path / "x.frame") == Kept(12, {"a": 0}, ())

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from os import PathLike
+from typing import Any
 
 from tpshard import conversion, convert
 from tpshard.checkpoint import Checkpoint
@@ -26,6 +27,7 @@ from tpshard.fetch import plan_fetch, run_fetch
 from tpshard.joining import join as join_ranks
 from tpshard.manifest import Manifest
 from tpshard.mesh import Grid, Mesh
+from tpshard.statement import statement as statement_of
 from tpshard.stores.path import place
 from tpshard.verify.report import Report
 from tpshard.verify.request import Level, Request
@@ -190,6 +192,11 @@ def verify(
 def inspect(folder: Folder, *, engine: str | None = None, config: Folder | None = None) -> Checkpoint:
     """A checkpoint of any kind with its headers read: names, shapes, dtypes, layouts and places."""
     return open_any(_source(folder, engine, config))
+
+
+def statement(folder: Folder) -> dict[str, Any]:
+    """An in-toto Statement of a shard folder that was split with ``digest="sha256"``: what is signed."""
+    return statement_of(place(folder))
 
 
 def _source(folder: Folder, engine: str | None, config: Folder | None) -> Source:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from tpshard.checkpoint import Checkpoint
 from tpshard.digest import hasher_factory
-from tpshard.errors import InputError
+from tpshard.errors import InputError, StorageError
+from tpshard.folder import CONFIG
 from tpshard.manifest import CarriedRecord
 from tpshard.staging import Shared, storage_errors
 
@@ -17,9 +18,14 @@ def carry(source: Checkpoint, name: str, staging: Shared, algorithm: str) -> Car
     with storage_errors(path):
         if not path.is_file():
             raise InputError(f"{path}: is not there, or not a regular file", hint="tpshard verify tells more")
-        if name in known and path.stat().st_size != known[name].size:
+        size = path.stat().st_size
+        if name in known and size != known[name].size:
             raise changed
         content = path.read_bytes()
+    if len(content) != size:
+        raise StorageError(f"{path}: was changed while it was being read", hint="run again")
+    if name == CONFIG:
+        source.check_unchanged()
     if name in known and source.manifest and _record_of(name, content, source.manifest.algorithm) != known[name]:
         raise changed
     return written_beside(name, content, staging, algorithm)

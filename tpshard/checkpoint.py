@@ -69,7 +69,8 @@ class Stored:
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A full checkpoint (``manifest`` is None, one rank) or a shard folder, with headers read and checked.
-    ``beside``: files that go along and are not in the folder under these names."""
+    ``beside``: files that go along and are not in the folder under these names; ``config_identity``: as of a weight
+    file, where config.json is the folder's own."""
 
     folder: Path
     ranks: int
@@ -81,6 +82,7 @@ class Checkpoint:
     warnings: tuple[str, ...] = ()
     beside: Mapping[str, bytes] = field(default_factory=dict)
     container: Container | None = None
+    config_identity: tuple[int, int, int] | None = None
 
     @property
     def place(self) -> Path:
@@ -93,12 +95,15 @@ class Checkpoint:
         return {name: tensor.shape for name, tensor in self.tensors.items()}
 
     def check_unchanged(self) -> None:
-        """Raises StorageError where a weight file was replaced or written to since it was opened."""
+        """Raises StorageError where a weight file or config.json was replaced or written to since it was opened."""
         if isinstance(self.folder, StorePath):
             self.folder.forget()
-        for file in self.files:
-            if _identity(file.path) != file.identity:
-                raise StorageError(f"{file.path}: was changed while it was being read", hint="run again")
+        identities = {file.path: file.identity for file in self.files}
+        if self.config_identity is not None:
+            identities[self.folder / CONFIG] = self.config_identity
+        for path, identity in identities.items():
+            if _identity(path) != identity:
+                raise StorageError(f"{path}: was changed while it was being read", hint="run again")
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -131,6 +136,7 @@ def open_full(folder: Path, found: WeightFiles | None = None) -> Checkpoint:
             tensors[tensor] = Stored(tensor, entry.dtype, layout, (Place(index, entry.offset, entry.view),), index)
     if not tensors:
         raise InputError(f"{folder}: holds no tensors")
+    identity = _config_identity(folder)
     for tensor in found.index or ():
         if tensor not in tensors:
             where = (found.index or {})[tensor]
@@ -143,6 +149,7 @@ def open_full(folder: Path, found: WeightFiles | None = None) -> Checkpoint:
         config=with_model_type(read_config(folder)),
         carried=tuple(carried_files(folder)),
         warnings=(*warnings, *_wrong_total(found, tensors)),
+        config_identity=identity,
     )
 
 
@@ -265,7 +272,7 @@ class Opening:
             raise InputError(f"{path}: holds tensor {printable(extra[0])}, which the manifest does not place there")
 
     def checkpoint(self) -> Checkpoint:
-        records = self.manifest.tensors
+        records, identity = self.manifest.tensors, _config_identity(self.folder)
         return Checkpoint(
             folder=self.folder,
             ranks=self.manifest.ranks,
@@ -276,6 +283,7 @@ class Opening:
             config=with_model_type(read_config(self.folder)),
             carried=tuple(record.name for record in self.manifest.carried),
             manifest=self.manifest,
+            config_identity=identity,
         )
 
 
@@ -283,6 +291,10 @@ def weight_file(folder: Path, name: str, header: Header) -> WeightFile:
     """A file whose header was read."""
     path = folder / name
     return WeightFile(name, path, header.file_size, header.metadata, _identity(path))
+
+
+def _config_identity(folder: Path) -> tuple[int, int, int] | None:
+    return _identity(folder / CONFIG) if (folder / CONFIG).is_file() else None
 
 
 def _identity(path: Path) -> tuple[int, int, int]:

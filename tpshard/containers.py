@@ -6,6 +6,7 @@ to write HDF5, zip or a TensorFlow index, and whatever else is in such a file, o
 
 from __future__ import annotations
 
+import itertools
 import json
 import struct
 import zlib
@@ -142,7 +143,7 @@ def read_frame(path: Path) -> Kept:
     listed = parse_json_object(raw[8 : 8 + length], str(path))
     try:
         return _kept(listed, raw[8 + length :])
-    except (InputError, KeyError, TypeError, ValueError, zlib.error) as error:
+    except (InputError, KeyError, TypeError, ValueError, AttributeError, zlib.error) as error:
         raise InputError(f"{path}: is malformed: {printable(str(error))}") from None
 
 
@@ -152,7 +153,7 @@ def _kept(listed: Mapping[str, Any], deflated: bytes) -> Kept:
     size, around, starts = _count(listed["size"]), listed["around"], listed["starts"]
     places = [(_count(offset), _count(length)) for offset, length in around]
     total = sum(length for _, length in places)
-    if total > MAX_KEPT or any(a + n > b for (a, n), (b, _) in zip(places, [*places[1:], (size, 0)], strict=True)):
+    if total > MAX_KEPT or any(a + n > b for (a, n), (b, _) in itertools.pairwise([*places, (size, 0)])):
         raise ValueError("the parts around the tensors do not fit")
     stream = zlib.decompressobj()
     content = stream.decompress(deflated, total + 1)

@@ -50,18 +50,18 @@ def execute(
     its part are known. Raises InputError, StorageError.
     """
     run = _Run(plan, staging, algorithm, workers, progress, share, finished)
-    threads = [threading.Thread(target=run.work, args=(number,), daemon=True) for number in range(1, workers)]
-    for thread in threads:
-        thread.start()
-    try:
-        run.work(0)
+    threads = [threading.Thread(target=run.work, args=(number,), daemon=True) for number in range(workers)]
+    try:  # an interrupt meets the main thread: one that works could leave a lock taken, and the others waiting for ever
+        for thread in threads:
+            thread.start()
         for thread in threads:
             thread.join()
-    except BaseException as error:  # an interrupt that met the main thread waiting
+    except BaseException as error:
         run.fail(error)
     finally:
         for thread in threads:
-            thread.join()
+            if thread.ident is not None:  # it was started
+                thread.join()
         run.close()
     run.raise_error()
     plan.source.check_unchanged()

@@ -28,6 +28,7 @@ _WEIGHT_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".keras", ".msgpack", ".onnx", ".gguf", ".tflite", ".npz",
     ".ot", ".pdparams", ".distcp", ".index.json", ".incomplete", ".lock",
 )  # fmt: skip
+_SIGNATURES = (".sig", ".sigstore.json", ".intoto.jsonl")  # model-signing's and sigstore's, in-toto's bundles
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _NO_WEIGHTS = (
     "training_args.bin", "optimizer*", "scheduler*", "scaler*", "rng_state*", "random_states*", "adapter_model*",
@@ -238,18 +239,28 @@ def natural_order(name: str) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"([0-9]+)", name)]
 
 
+def is_signature(name: str) -> bool:
+    """Whether a file, by its path in a folder, signs the folder: it is of this folder alone, and made after it.
+
+    >>> is_signature("model.sig"), is_signature("tokenizer/model.sig")
+    (True, False)
+    """
+    return "/" not in name and name.endswith(_SIGNATURES)
+
+
 def carried_files(folder: Path) -> list[str]:
     """Paths, relative to the folder, of everything that goes along with the weights: config, tokenizer and the like.
 
-    Weights in any format, their indexes, hidden files and very large files stay behind. Raises InputError where a
-    name could not be recorded in a manifest.
+    Weights in any format, their indexes, signatures, hidden files and very large files stay behind. Raises InputError
+    where a name could not be recorded in a manifest.
     """
     found = []
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in relative.parts)
         weight = path.name.endswith(_WEIGHT_SUFFIXES) or path.name == MANIFEST_NAME
-        if not hidden and not weight and path.is_file() and path.stat().st_size <= MAX_CARRIED:
+        stays = hidden or weight or is_signature(relative.as_posix())
+        if not stays and path.is_file() and path.stat().st_size <= MAX_CARRIED:
             if not all(map(is_bare_name, relative.parts)):
                 raise InputError(f"{folder}: file name '{printable(str(relative))}' cannot be kept", hint="rename it")
             found.append(relative.as_posix())

@@ -13,6 +13,7 @@ import contextlib
 import functools
 import json
 import math
+import os
 import re
 import stat
 import struct
@@ -27,7 +28,6 @@ from safetensors import SafetensorError, safe_open
 
 from tpshard.errors import InputError, StorageError, printable
 from tpshard.layout import Shape
-from tpshard.stores.path import StorePath
 from tpshard.views import View
 
 # Bits per element, in the order in which safetensors' writer sorts the tensors of a file: wide types first, so that
@@ -43,6 +43,7 @@ DTYPE_ORDER: Mapping[str, int] = {dtype: place for place, dtype in enumerate(DTY
 
 MAX_HEADER = 100_000_000  # the format's own limit
 MAX_TENSORS = 250_000  # largest known checkpoint: 223,000 in all its files; bounds time and memory on hostile input
+MAX_VALUES = 8_000_000  # of the header's JSON, ten for a tensor; each may take 100 bytes of memory
 MAX_NAME = 1_024
 MAX_DIMENSIONS = 16
 
@@ -115,6 +116,8 @@ def _header_bytes(file: BinaryIO, size: int, path: Path) -> tuple[bytes, int]:
     head = file.read(64)
     if size < 8:
         raise InputError(f"{path}: has {size} bytes, a safetensors file has at least 8", hint="it is truncated")
+    if len(head) < 8:
+        raise StorageError(f"{path}: ends at byte {len(head)}, it had {size}", hint="was it changed just now?")
     (length,) = struct.unpack("<Q", head[:8])
     if length > MAX_HEADER or 8 + length > size:  # only then: a header of 640 bytes begins like a pickle
         for start, (what, hint) in _OTHER_KINDS.items():
@@ -125,12 +128,15 @@ def _header_bytes(file: BinaryIO, size: int, path: Path) -> tuple[bytes, int]:
     if 8 + length > size:
         raise InputError(f"{path}: header promises {length} bytes, the file has {size - 8}", hint="it is truncated")
     file.seek(8)
-    return file.read(length), 8 + length
+    raw = file.read(length)
+    if len(raw) != length:
+        raise StorageError(f"{path}: ends at byte {8 + len(raw)}, it had {size} bytes", hint="was it changed just now?")
+    return raw, 8 + length
 
 
 def _ask_the_library(path: Path, raw: bytes, data_start: int, size: int) -> None:
     try:
-        with _here(path, raw, data_start, size) as there, safe_open(there, framework="numpy"):
+        with _apart(raw, data_start, size) as there, safe_open(there, framework="numpy"):
             pass
     except SafetensorError as error:
         raise InputError(f"{path}: {printable(str(error))}") from None
@@ -139,16 +145,15 @@ def _ask_the_library(path: Path, raw: bytes, data_start: int, size: int) -> None
 
 
 @contextlib.contextmanager
-def _here(path: Path, raw: bytes, data_start: int, size: int) -> Iterator[str | Path]:
-    """A file with the same header and size: the library reads no store. What follows the header is a hole."""
-    if not isinstance(path, StorePath):
-        yield path
-        return
-    with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
+def _apart(raw: bytes, data_start: int, size: int) -> Iterator[str]:
+    """A file with the same header and size, of which the rest is a hole. The library maps what it opens: of a file that
+    somebody cuts short at this moment, that would end the process."""
+    in_memory = hasattr(os, "memfd_create")
+    with open(os.memfd_create("header"), "wb") if in_memory else tempfile.NamedTemporaryFile() as file:
         file.write(struct.pack("<Q", data_start - 8) + raw)
         file.truncate(size)
         file.flush()
-        yield file.name
+        yield f"/proc/self/fd/{file.fileno()}" if in_memory else file.name
 
 
 def parse_json_object(text: bytes, what: str) -> dict[str, Any]:
@@ -180,6 +185,9 @@ def parse_json_object(text: bytes, what: str) -> dict[str, Any]:
 def _parse(raw: bytes, data_start: int, file_size: int, path: Path) -> Header:
     if not raw.startswith(b"{"):
         raise InputError(f"{path}: the header does not begin with '{{'")
+    values = sum(map(raw.count, (b",", b"[", b"{")))
+    if values > MAX_VALUES:
+        raise InputError(f"{path}: header of up to {values} values, at most {MAX_VALUES} are read")
     table = parse_json_object(raw, f"{path}: header")
     metadata = table.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):

@@ -38,7 +38,7 @@ def join(folder: Path, progress: Callable[[int], object] = lambda count: None) -
     if not paths:
         raise InputError(f"{folder}: has no record of a rank", hint="give a folder with what tpshard fetch wrote")
     data = _together(folder, [(path, _read(path)) for path in paths])
-    manifest = manifest_from(data, folder)
+    manifest = manifest_from(data, str(folder))
     _check_files(folder, manifest, progress)
     checkpoint = _open(folder, manifest)
     with SourceFiles(checkpoint) as files:

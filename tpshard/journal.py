@@ -1,7 +1,8 @@
 """The journal of a run: which of its files are complete and on the disk, so that another run can go on from there.
 
-A file beside the staging folder, a JSON object on each line: first what the run is and which files it makes, then one
-for each group of files that was finished. Whoever writes holds a lock on it, so that a target has one writer.
+A file beside the staging folder, on each line a digest and a JSON object: first what the run is and which files it
+makes, then one for each group of files that was finished. Whoever writes holds a lock on it, so that a target has one
+writer.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from tpshard.errors import StorageError, UsageError
+from tpshard.folder import is_bare_name
 from tpshard.manifest import FileRecord
 
 # What the result of a run depends on, and what is said where another run's is not the same.
@@ -108,34 +112,47 @@ class Journal:
         os.close(self._fd)
 
     def _append(self, data: Mapping[str, Any]) -> None:
-        line = memoryview((json.dumps(data, separators=(",", ":")) + "\n").encode("utf-8"))
+        text = json.dumps(data, separators=(",", ":"))
+        line = memoryview(f"{_digest(text)} {text}\n".encode())
         while line:
             line = line[os.write(self._fd, line) :]
         os.fsync(self._fd)
 
     def _read(self) -> None:
-        """All lines up to the first that was not written to its end; what comes after is cut off."""
+        """All lines up to the first that is not as it was written; what comes after is cut off."""
         good = 0
         with open(self._fd, "rb", closefd=False) as file:
             for line in file:
-                if not line.endswith(b"\n"):
-                    break
                 try:
-                    data = json.loads(line)
+                    data = _data(line)
                     if self.head is None:
                         self.head = _head(data)
                     else:
                         self.portions.append(Portion.of(data))
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     break
                 good += len(line)
         if os.fstat(self._fd).st_size > good:
             os.ftruncate(self._fd, good)
 
 
+def _digest(text: str) -> str:
+    return str(xxhash.xxh3_64_hexdigest(text.encode()))
+
+
+def _data(line: bytes) -> Any:
+    """What a line holds. Raises ValueError where it is not whole, or damaged."""
+    digest, _, text = line.decode().partition(" ")
+    if not text.endswith("\n") or digest != _digest(text[:-1]):
+        raise ValueError("damaged")
+    return json.loads(text)
+
+
 def _head(data: Mapping[str, Any]) -> Head:
     if (data["format"], data["version"]) != (FORMAT, VERSION):
         raise ValueError("another format")
+    if not all(is_bare_name(part) for name in data["files"] for part in name.split("/")):
+        raise ValueError("a file outside the folder")  # files listed here may be removed
     return Head(dict(data["run"]), tuple(data["files"]))
 
 

@@ -33,25 +33,33 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_NAME
     if folder.is_dir() and not path.exists():
         raise InputError(f"{folder}: has no {MANIFEST_NAME}", hint="give a folder that split or reshard wrote")
-    data = read_json(path)
+    return parse_manifest(read_json(path), str(path))
+
+
+def parse_manifest(data: dict[str, Any], where: str) -> Manifest:
+    """A manifest's JSON, fully checked. Raises InputError that begins with ``where``."""
     if data.get("format") != FORMAT:
-        raise InputError(f"{path}: is not a tpshard manifest")
+        raise InputError(f"{where}: is not a tpshard manifest")
     if data.get("version") != VERSION:
-        raise InputError(f"{path}: version {printable(repr(data.get('version')), 40)}, this tpshard reads {VERSION}")
+        raise InputError(f"{where}: version {printable(repr(data.get('version')), 40)}, this tpshard reads {VERSION}")
     seal = data.pop("seal", None)
-    if seal != seal_of(data):
-        raise InputError(f"{path}: was changed after it was written (its seal does not match)")
-    return manifest_from(data, path)
+    try:
+        wanted = seal_of(data)
+    except UnicodeEncodeError:
+        raise InputError(f"{where}: holds half a character, which is no text") from None
+    if seal != wanted:
+        raise InputError(f"{where}: was changed after it was written (its seal does not match)")
+    return manifest_from(data, where)
 
 
-def manifest_from(data: Mapping[str, Any], path: Path) -> Manifest:
-    """A manifest's data, fully checked; ``path``: where it is said to be wrong. Raises InputError."""
+def manifest_from(data: Mapping[str, Any], where: str) -> Manifest:
+    """A manifest's data, fully checked. Raises InputError that begins with ``where``."""
     try:
         return _manifest_from(data)
     except InputError as error:
-        raise InputError(f"{path}: {error.message}", hint=error.hint) from None
+        raise InputError(f"{where}: {error.message}", hint=error.hint) from None
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise InputError(f"{path}: is malformed: {type(error).__name__} {printable(str(error))}") from None
+        raise InputError(f"{where}: is malformed: {type(error).__name__} {printable(str(error))}") from None
 
 
 def _manifest_from(data: Mapping[str, Any]) -> Manifest:

@@ -133,7 +133,7 @@ class Staging(Shared):
 
     def __enter__(self) -> Staging:
         with storage_errors(self.folder.parent):
-            self._journal = Journal(self.beside("journal"), self.target)
+            self._journal = self._locked()
             self.beside(ADDRESS).unlink(missing_ok=True)  # of a run that was killed
         try:
             with storage_errors(self.folder):
@@ -145,6 +145,18 @@ class Staging(Shared):
                 self.__exit__(None, None, None)
             raise
         return self
+
+    def _locked(self) -> Journal:
+        path = self.beside("journal")
+        try:
+            return Journal(path, self.target)
+        except UsageError:
+            raise
+        except BaseException:  # it may have been made, and nobody has it
+            with contextlib.suppress(OSError):
+                if path.stat().st_size == 0:
+                    path.unlink()
+            raise
 
     @property
     def portions(self) -> Sequence[Portion]:

@@ -65,10 +65,17 @@ def _parse(raw: bytes) -> BundleIndex:
     begin, at = _varint(footer, at)
     size, _ = _varint(footer, at)
     shards, entries = -1, dict[str, IndexEntry]()
+    end, last = 0, b""
     for _, handle in _block(raw, begin, size):
         block_begin, at = _varint(handle, 0)
         block_size, _ = _varint(handle, at)
+        if block_begin < end:  # a block named again and again would take time without end
+            raise _BrokenError(f"a block begins at byte {block_begin}, the one before it ends at {end}")
+        end = block_begin + block_size
         for key, value in _block(raw, block_begin, block_size):
+            if key <= last and (key or shards >= 0 or entries):
+                raise _BrokenError("its keys are not in order")
+            last = key
             if not key:
                 shards = _header(value)
             elif key.startswith(b"\0"):

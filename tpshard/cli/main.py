@@ -25,6 +25,7 @@ COMMANDS = {
     "join": "Make one folder of ranks that were fetched one by one.",
     "verify": "Prove that shards are right, or find out where they are wrong.",
     "inspect": "Show the tensors of a checkpoint or shard folder.",
+    "statement": "Print an in-toto Statement of a shard folder, for signing.",
     "engines": "List the engines whose folders are read and written.",
     "policy": "List, show, check and draft policies.",
     "demo": "See the main job done on a small model made on the spot.",
@@ -128,9 +129,9 @@ def _run(arguments: list[str]) -> int:
     except OSError as error:
         where = f"{printable(str(error.filename))}: " if error.filename else ""
         return _report("storage", f"{where}{error.strerror or error}", None, 5, arguments)
-    except MemoryError:
-        return _report("storage", "not enough memory", "run with fewer --workers", 5, arguments)
     except Exception as error:
+        if isinstance(error, MemoryError) or str(error) == "can't start new thread":
+            return _report("storage", "not enough memory", "run with fewer --workers", 5, arguments)
         if os.environ.get("TPSHARD_TRACEBACK"):
             raise
         what = f"internal error: {type(error).__name__}: {error}"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from tpshard.checkpoint import Checkpoint
 from tpshard.engines.opening import Source
 from tpshard.errors import InputError
-from tpshard.verify.files import digest_findings, extra_findings
+from tpshard.verify.files import digest_findings, extra_findings, signature_notes
 from tpshard.verify.report import CheckResult, Finding
 
 
@@ -28,6 +28,7 @@ def check_engine_files(
     notes: tuple[str, ...] = ()
     if manifest.recorded:
         findings += extra_findings(source.folder, manifest)
+        notes = signature_notes(source.folder)
         findings += digest_findings(
             source.folder, manifest.algorithm, [*manifest.files, *manifest.carried], workers, progress
         )

@@ -6,17 +6,19 @@ import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NoReturn
 
 from tpshard.checkpoint import Checkpoint, Opening
-from tpshard.errors import InputError
+from tpshard.errors import InputError, StorageError
 from tpshard.file_digest import file_digest
-from tpshard.folder import MANIFEST_NAME
-from tpshard.manifest import CarriedRecord, FileRecord, Manifest
+from tpshard.folder import MANIFEST_NAME, is_signature, read_bytes
+from tpshard.manifest import CarriedRecord, FileRecord, Manifest, manifest_bytes
 from tpshard.manifest_parsing import read_manifest
 from tpshard.verify.report import CheckResult, Finding
 
 MISSING = "is missing"
 UNREADABLE = "its header cannot be read"
+NOT_REGULAR = "is not a regular file"
 
 
 def check_files(
@@ -45,13 +47,14 @@ def check_files(
     listed: list[FileRecord | CarriedRecord] = [*opening.records]
     listed += manifest.carried if 0 in opening.only else ()
     digests = digest_findings(folder, manifest.algorithm, listed, workers, progress)
-    findings += [f for f in digests if f.what not in (MISSING, UNREADABLE) or f.file not in known]
+    findings += [f for f in digests if f.what not in (MISSING, UNREADABLE, NOT_REGULAR) or f.file not in known]
     covered = {
         "files": len(opening.records) + (len(manifest.carried) if 0 in opening.only else 0),
         "tensors": len(manifest.tensors),
         "ranks": len(opening.only),
     }
-    return CheckResult("files", tuple(findings), covered), checkpoint
+    notes = signature_notes(folder) if 0 in opening.only else ()
+    return CheckResult("files", tuple(findings), covered, notes), checkpoint
 
 
 def _header_findings(opening: Opening) -> Iterator[Finding]:
@@ -79,12 +82,34 @@ def _header_findings(opening: Opening) -> Iterator[Finding]:
 
 
 def extra_findings(folder: Path, manifest: Manifest) -> Iterator[Finding]:
-    """Files that the manifest does not list."""
+    """What the manifest does not list, and the manifest itself where its file is not as it was written."""
+    if read_bytes(folder / MANIFEST_NAME) != manifest_bytes(manifest):
+        yield Finding("says the same, but not in the bytes in which it was written", file=MANIFEST_NAME)
     listed = {record.name for record in manifest.files} | {record.name for record in manifest.carried}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if not path.is_dir() and name not in listed and name != MANIFEST_NAME:
+    for name, is_folder in _found(folder):
+        if is_folder:
+            yield Finding("is a link to a folder, which nobody looks into", file=name)
+        elif name not in listed and name != MANIFEST_NAME and not is_signature(name):
             yield Finding("is not in the manifest", file=name)
+
+
+def signature_notes(folder: Path) -> tuple[str, ...]:
+    """Signatures lie beside what they sign, so no manifest can list them."""
+    names = [name for name, _ in _found(folder) if is_signature(name)]
+    return (f"signatures are not looked into: {', '.join(names)}",) if names else ()
+
+
+def _found(folder: Path) -> Iterator[tuple[str, bool]]:
+    """Everything in a folder but its subfolders, hidden files too; True where it is a link to a folder."""
+
+    def failed(error: OSError) -> NoReturn:
+        raise StorageError(f"{error.filename}: {error.strerror}") from None
+
+    for place, folders, files in os.walk(folder, onerror=failed):
+        here = Path(place).relative_to(folder)
+        yield from (((here / name).as_posix(), False) for name in sorted(files))
+        folders.sort()
+        yield from (((here / name).as_posix(), True) for name in folders if (Path(place) / name).is_symlink())
 
 
 def digest_findings(
@@ -98,8 +123,10 @@ def digest_findings(
 
     def wrong(record: FileRecord | CarriedRecord) -> str:
         try:
+            if not (folder / record.name).is_file():  # a pipe would wait, a device never end
+                return NOT_REGULAR if (folder / record.name).exists() else MISSING
             have = file_digest(folder / record.name, algorithm, isinstance(record, FileRecord), progress)
-        except (FileNotFoundError, IsADirectoryError):
+        except FileNotFoundError:
             return MISSING
         except InputError:
             return UNREADABLE
