@@ -26,6 +26,7 @@ from tpshard.sources import SourceFiles
 from tpshard.staging import Shared
 from tpshard.stores.path import StorePath
 from tpshard.stores.writing import StoreStaging, new_output
+from tpshard.turns import StoppedError, Turns
 
 SLAB = 4 * 2**20  # bytes: smaller costs more calls, larger more cache; python -m tests.bench
 SLAB_IN_STORE = 8 * 2**20  # of a source that is asked for each: a request costs as much as a megabyte (docs/stores.md)
@@ -69,12 +70,8 @@ def execute(
     return Written(tuple(records), tuple(run.digests), tuple(run.shards))
 
 
-class _StoppedError(Exception):
-    """Another worker failed."""
-
-
 class _Run:
-    """What the workers share; ``_moved`` guards it, and is notified when something that is waited for has moved on."""
+    """What the workers share; ``_turns`` guards it."""
 
     def __init__(
         self, plan: Plan, staging: Shared, algorithm: str, workers: int, progress: Progress, share: Share | None,
@@ -88,27 +85,21 @@ class _Run:
         self._slab = SLAB_IN_STORE if isinstance(plan.source.folder, StorePath) else SLAB
         self._dealer = Dealer(self._streams(), workers, apart=not isinstance(staging, StoreStaging))
         self._finishing: deque[tuple[Output, Sink, bytes]] = deque()
-        self._moved, self._waiting = threading.Condition(), 0
-        self._error: BaseException | None = None
+        self._turns = Turns()
+        self.fail = self._turns.fail
         self.records: list[FileRecord] = []
         self.digests = [""] * len(plan.items)
         self.shards: list[tuple[str | None, ...]] = [()] * len(plan.items)
 
-    def fail(self, error: BaseException) -> None:
-        with self._moved:
-            self._error = self._error or error
-            self._moved.notify_all()
-
     def raise_error(self) -> None:
-        if self._error:
-            raise self._error
+        if self._turns.error:
+            raise self._turns.error
 
     def close(self) -> None:
         """Give back what a failure left open."""
-        for part in self._parts:
-            for sink in part.sinks:
-                if sink is not None:
-                    sink.close()
+        for sink in (*(sink for part in self._parts for sink in part.sinks), *(sink for _, sink, _ in self._finishing)):
+            if sink is not None:
+                sink.close()
 
     def work(self, worker: int) -> None:
         """Take batches, and files to finish, until there are none; an error of this or another worker ends it."""
@@ -120,7 +111,7 @@ class _Run:
                         self._carry(task, files, rooms)
                     else:
                         self._finish(*task)
-        except _StoppedError:
+        except StoppedError:
             pass
         except BaseException as error:
             self.fail(error)
@@ -128,8 +119,8 @@ class _Run:
     # ------------------------------------------------------------------------------------------ dealing
 
     def _next(self, worker: int) -> Batch | tuple[Output, Sink, bytes] | None:
-        with self._moved:
-            while not self._error:
+        with self._turns:
+            while not self._turns.error:
                 if self._finishing:
                     return self._finishing.popleft()
                 if not self._dealer.is_ahead:
@@ -138,8 +129,8 @@ class _Run:
                     if self._dealer.idle and not self._finishing:  # dealing the last may have ended a part
                         return None
                 if not self._finishing:
-                    self._wait()
-            raise _StoppedError
+                    self._turns.wait()
+            raise StoppedError
 
     def _streams(self) -> Iterator[Iterator[Batch]]:
         """Of each large tensor its batches; of small ones that follow one another one batch."""
@@ -220,20 +211,20 @@ class _Run:
             sink = batch.part.sinks[file]
             assert sink is not None
             self._deliver(sink, contacts, buffer, rooms)
-        with self._moved:
+        with self._turns:
             for step in batch.steps:
                 self._done(batch.part, step.tensor)
             self._dealer.done(batch)
             self._end(batch.part)
             self._progress(batch.size)
-            self._notify()
+            self._turns.moved_on()
 
     def _digest_whole(self, step: Step, buffer: Bytes) -> None:
         tensor, slab = step.tensor, step.slab
         if tensor.whole is None:
             return
         if tensor.digested != slab.offset:
-            self._wait_until(lambda: tensor.digested == slab.offset)
+            self._turns.wait_until(lambda: tensor.digested == slab.offset)
         tensor.whole.update(buffer[step.begin : step.begin + slab.size].data)
         tensor.digested += slab.size
         if tensor.shared:
@@ -261,31 +252,15 @@ class _Run:
         if hasher is None:
             return
         if tensor.own[rank] != begin:
-            self._wait_until(lambda: tensor.own[rank] == begin)
+            self._turns.wait_until(lambda: tensor.own[rank] == begin)
         update(hasher, contact.lead, data)
         tensor.own[rank] = contact.offset + contact.size
         if tensor.shared:
             self._moved_on()
 
     def _moved_on(self) -> None:
-        with self._moved:
-            self._notify()
-
-    def _wait_until(self, ready: Callable[[], bool]) -> None:
-        with self._moved:
-            while not ready():
-                if self._error:
-                    raise _StoppedError
-                self._wait()
-
-    def _wait(self) -> None:
-        self._waiting += 1
-        self._moved.wait()
-        self._waiting -= 1
-
-    def _notify(self) -> None:
-        if self._waiting:
-            self._moved.notify_all()
+        with self._turns:
+            self._turns.moved_on()
 
     # ------------------------------------------------------------------------------------------ ending
 
@@ -320,7 +295,7 @@ class _Run:
             sink.close()
         if not digest:
             digest = tree_digest(head, self._digests_of(output))
-        with self._moved:
+        with self._turns:
             record = FileRecord(output.name, output.rank, output.part, size, digest)
             self.records.append(record)
         self._finished(record, self.digests, self.shards)

@@ -144,7 +144,7 @@ def measured(scratch: Path) -> str:
 
 
 def _manifest_size(conversion: object) -> int:
-    from tpshard.conversion import Conversion, _manifest
+    from tpshard.conversion import Conversion, manifest_of
     from tpshard.manifest import FileRecord, manifest_bytes
     from tpshard.share import Written
 
@@ -152,7 +152,7 @@ def _manifest_size(conversion: object) -> int:
     plan, digest = conversion.plan, "0" * 32
     files = tuple(FileRecord(output.name, output.rank, output.part, 1, digest) for output in plan.outputs)
     written = Written(files, (digest,) * len(plan.items), ((digest,) * RANKS,) * len(plan.items))
-    return len(manifest_bytes(_manifest(conversion, written, (), TREE)))
+    return len(manifest_bytes(manifest_of(conversion, written, (), TREE)))
 
 
 @click.command()
