@@ -22,15 +22,15 @@ Fault = Callable[[str, str, Answer], Answer | None]  # method, path, the right a
 
 @dataclass
 class Proxy:
-    """``fault`` may be set at any time; ``seen``: each request with how many bytes its answer had."""
+    """``fault`` may be set at any time; ``seen``: each request (its method, its path and range) with how many bytes its answer had."""
 
     port: int
     fault: Fault = lambda method, path, answer: None
     seen: list[tuple[str, str, int]] = field(default_factory=list)
 
     def bytes_of(self, name: str) -> int:
-        """How many bytes of objects of this name were sent."""
-        return sum(size for method, path, size in self.seen if method == "GET" and name in path)
+        """How many bytes of objects of this name were sent; what a client asked for again counts once."""
+        return sum(size for method, path, size in set(self.seen) if method == "GET" and name in path)
 
 
 def refusal(status: int, code: str) -> Answer:
@@ -51,7 +51,7 @@ def proxy(behind: int) -> Iterator[Proxy]:
                 there = connection.getresponse()
                 answer = Answer(there.status, dict(there.getheaders()), there.read())
             answer = told.fault(self.command, self.path, answer) or answer
-            told.seen.append((self.command, self.path, len(answer.body)))
+            told.seen.append((self.command, f"{self.path} {self.headers.get('Range')}", len(answer.body)))
             self.send_response(answer.status)
             for name, value in answer.headers.items():
                 if name.lower() not in ("content-length", "transfer-encoding", "connection", "date", "server"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -14,8 +15,10 @@ from tests.stores.folders import contents, upload
 from tpshard import api
 from tpshard.cli.main import _run
 from tpshard.errors import InputError, UsageError
+from tpshard.frames import Frame
+from tpshard.outputs import Piece
 from tpshard.stores.path import StorePath, place
-from tpshard.stores.writing import MARK
+from tpshard.stores.writing import MARK, StoreOutput, StoreStaging
 
 DATA = Path(__file__).parent.parent / "data"
 
@@ -146,6 +149,22 @@ def test_an_object_of_many_parts(in_s3: str, model: Path, policy: str, monkeypat
     known = path.known()
     assert known is not None
     assert known.version.rstrip('"').endswith("-2")
+
+
+def test_pieces_that_come_in_any_order(in_s3: str) -> None:
+    """Head, ten bytes, three zeros and five bytes; a tensor without cells at their end; two zeros."""
+    target = place(f"{in_s3}/ordered")
+    assert isinstance(target, StorePath)
+    want = b"head" + b"0123456789" + bytes(3) + b"abcde" + bytes(2)
+    pieces = [Piece(24, b"", 2), Piece(17, b"abcde", 3), Piece(22, b""), Piece(9, b"56789"), Piece(4, b"01234")]
+    with StoreStaging(target, 1) as staging:
+        output = StoreOutput(staging, "file", hashlib.sha256())
+        output.begin(Frame(((0, b"head"),), (4,), 24))
+        for piece in pieces:
+            output.write([piece])
+        assert output.finish() == (24, hashlib.sha256(want).hexdigest())
+        staging.commit()
+    assert (target / "file").read_bytes() == want
 
 
 def test_other_files_than_safetensors(in_s3: str, tmp_path: Path, source: Path, policy: str) -> None:

@@ -14,6 +14,7 @@ from tpshard.file_digest import file_digest
 from tpshard.folder import MANIFEST_NAME, is_signature, read_bytes
 from tpshard.manifest import CarriedRecord, FileRecord, Manifest, manifest_bytes
 from tpshard.manifest_parsing import read_manifest
+from tpshard.stores.path import StorePath
 from tpshard.verify.report import CheckResult, Finding
 
 MISSING = "is missing"
@@ -105,6 +106,9 @@ def _found(folder: Path) -> Iterator[tuple[str, bool]]:
     def failed(error: OSError) -> NoReturn:
         raise StorageError(f"{error.filename}: {error.strerror}") from None
 
+    if isinstance(folder, StorePath):
+        yield from ((path.relative_to(folder).as_posix(), False) for path in folder.rglob("*"))
+        return
     for place, folders, files in os.walk(folder, onerror=failed):
         here = Path(place).relative_to(folder)
         yield from (((here / name).as_posix(), False) for name in sorted(files))
