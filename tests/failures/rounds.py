@@ -60,10 +60,10 @@ class Tally:
 
     def row(self) -> str:
         codes = ", ".join(f"{code} x{count}" for code, count in sorted(self.codes.items()))
-        return f"{self.kind:<44}{self.rounds:>7}{self.untouched:>11}{self.complete:>10}{self.left:>6}  {codes}"
+        return f"{self.kind:<48}{self.rounds:>7}{self.untouched:>11}{self.complete:>10}{self.left:>6}  {codes}"
 
 
-HEAD = f"{'what happened':<44}{'rounds':>7}{'untouched':>11}{'complete':>10}{'left':>6}  exit codes"
+HEAD = f"{'what happened':<48}{'rounds':>7}{'untouched':>11}{'complete':>10}{'left':>6}  exit codes"
 
 
 def small_cases(server: Server, folder: Path) -> list[Case]:

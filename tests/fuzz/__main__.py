@@ -7,6 +7,7 @@ any case, in ``fuzz-found/``: once it is understood, it goes into ``tests/fuzz/c
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import click
 
-from tests.fuzz.targets import TARGETS
+from tests.fuzz.targets import SCRATCH, TARGETS, scratch_in_memory
 
 HERE = Path(__file__).parent
 LONGEST_INPUT = 8192  # bytes: what is longer is slower, and says little that is new
@@ -48,7 +49,9 @@ def fuzz(target: str, runs: int, seconds: int, kept: Path, found: Path = Path("f
     seeds = HERE / "corpus" / target
     folders = [str(kept / target), *([str(seeds)] if seeds.is_dir() else [])]
     command = [sys.executable, "-m", "tests.fuzz.engine", target, *folders, *words]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    with scratch_in_memory() as scratch:
+        environment = {**os.environ, SCRATCH: scratch}
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, env=environment)
     if not any(found.iterdir()):
         found.rmdir()
 

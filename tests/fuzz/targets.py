@@ -46,6 +46,9 @@ ON_PURPOSE = (
 )  # fmt: skip
 
 
+SCRATCH = "TPSHARD_FUZZ_SCRATCH"
+
+
 @contextlib.contextmanager
 def in_memory(data: bytes) -> Iterator[tuple[int, Path]]:
     """A file that has a descriptor and a path, and lies on no disk."""
@@ -59,11 +62,18 @@ def in_memory(data: bytes) -> Iterator[tuple[int, Path]]:
 
 @cache
 def scratch() -> Path:
-    """A folder in memory where there is one, for readers of folders."""
-    place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    made = tempfile.TemporaryDirectory(prefix="tpshard-fuzz-", dir=place)
+    """A folder for readers of folders: what the fuzzer was given, which ends without cleaning up, or one of our own."""
+    if SCRATCH in os.environ:
+        return Path(os.environ[SCRATCH])
+    made = scratch_in_memory()
     _KEPT.append(made)
     return Path(made.name)
+
+
+def scratch_in_memory() -> tempfile.TemporaryDirectory[str]:
+    """In memory where that is to be had."""
+    place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    return tempfile.TemporaryDirectory(prefix="tpshard-fuzz-", dir=place)
 
 
 _KEPT: list[tempfile.TemporaryDirectory[str]] = []
