@@ -48,7 +48,7 @@ def check_files(
     listed: list[FileRecord | CarriedRecord] = [*opening.records]
     listed += manifest.carried if 0 in opening.only else ()
     digests = digest_findings(folder, manifest.algorithm, listed, workers, progress)
-    findings += [f for f in digests if f.what not in (MISSING, UNREADABLE, NOT_REGULAR) or f.file not in known]
+    findings += [f for f in digests if not f.what.startswith((MISSING, UNREADABLE, NOT_REGULAR)) or f.file not in known]
     covered = {
         "files": len(opening.records) + (len(manifest.carried) if 0 in opening.only else 0),
         "tensors": len(manifest.tensors),
@@ -132,8 +132,8 @@ def digest_findings(
             have = file_digest(folder / record.name, algorithm, isinstance(record, FileRecord), progress)
         except FileNotFoundError:
             return MISSING
-        except InputError:
-            return UNREADABLE
+        except InputError as error:
+            return f"{UNREADABLE}: {error.message}"
         return "" if have == record.digest else f"digest is {have}, the manifest says {record.digest}"
 
     with ThreadPoolExecutor(workers) as pool:
