@@ -163,6 +163,11 @@ class Folder:
         for rank in self.ranks:
             self.drop_from_rank(name, rank)
         self.manifest["tensors"] = [entry for entry in self.manifest["tensors"] if entry["name"] != name]
+        for table, key in (("layouts", "layout"), ("roles", "role")):  # as they are written: those in use
+            used = list(dict.fromkeys(entry[key] for entry in self.manifest["tensors"]))
+            self.manifest[table] = [self.manifest[table][index] for index in used]
+            for entry in self.manifest["tensors"]:
+                entry[key] = used.index(entry[key])
 
     def drop_from_rank(self, name: str, rank: int) -> None:
         self.change_file(rank, lambda tensors: tensors.pop(name) and None)
