@@ -158,6 +158,8 @@ def append_history(path: Path, results: Mapping[str, Sequence[Trial]]) -> None:
                 numbers = [statistics.median(ratios), min(ratios), max(ratios), seconds]
                 day, rounds = datetime.date.today().isoformat(), len(ratios)
                 texts = [f"{number:.2f}" for number in numbers]
+                if label == "plan":  # it is compared with nothing
+                    texts[:3] = "", "", ""
                 writer.writerow([day, __version__, commit.stdout.strip(), label, method, rounds, *texts, peak // 10**6])
 
 
