@@ -15,7 +15,8 @@ settings.register_profile("here", deadline=None, suppress_health_check=[HealthCh
 settings.register_profile("deep", settings.get_profile("here"), max_examples=3000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "here"))
 
-collect_ignore = ["data/make_tensorflow.py", "signing.py"]  # run by a Python with TensorFlow, or with tools that sign
+# They need what the tests do without: TensorFlow, tools that sign, atheris.
+collect_ignore = ["data/make_tensorflow.py", "signing.py", "fuzz/engine.py"]
 
 os.environ.pop("GITHUB_STEP_SUMMARY", None)  # what tests verify is no news of the build that runs them
 
