@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "tpshard"
 FAMILIES = tuple(f"verify.families.{path.stem}" for path in sorted((PACKAGE / "verify/families").glob("[a-z]*.py")))
 FLOORS: list[tuple[str, ...]] = [
     ("__init__", "errors"),
-    ("layout", "views", "expressions", "patterns", "document", "digest", "roles", "turns", "launch", "mesh"),
+    ("layout", "views", "expressions", "patterns", "document", "digest", "roles", "turns", "windows", "launch", "mesh"),
     ("pickle_machine", "pickles", "zips", "chunks"),
     ("stores.__init__", "stores.store", "stores.failures", "stores.path", "stores.ranges"),
     ("stores.objects", "stores.filesystems"),

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from tpshard.checkpoint import Checkpoint
 from tpshard.digest import hasher_factory
 from tpshard.errors import InputError, StorageError
 from tpshard.folder import CONFIG
 from tpshard.manifest import CarriedRecord
 from tpshard.staging import Shared, storage_errors
+
+
+def carry_all(
+    source: Checkpoint, beside: Mapping[str, bytes], staging: Shared, algorithm: str
+) -> tuple[CarriedRecord, ...]:
+    """All that goes along: files of the source's folder, and ``beside``, others by their names."""
+    return (
+        *(carry(source, name, staging, algorithm) for name in source.carried),
+        *(written_beside(name, content, staging, algorithm) for name, content in beside.items()),
+    )
 
 
 def carry(source: Checkpoint, name: str, staging: Shared, algorithm: str) -> CarriedRecord:

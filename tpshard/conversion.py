@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from tpshard.carrying import carry, written_beside
+from tpshard.carrying import carry_all
 from tpshard.copies import require_equal_copies
 from tpshard.digest import TENSORS, TREE
 from tpshard.errors import UsageError
@@ -144,8 +144,7 @@ def _to_store(conversion: Conversion, task: Task, options: Options, target: Stor
 def _complete(conversion: Conversion, staging: Staging | StoreStaging, written: Written, algorithm: str) -> None:
     """All that is not weights, the manifest last."""
     plan = conversion.plan
-    carried = tuple(carry(plan.source, name, staging, algorithm) for name in plan.source.carried)
-    carried += tuple(written_beside(name, content, staging, algorithm) for name, content in conversion.beside.items())
+    carried = carry_all(plan.source, conversion.beside, staging, algorithm)
     staging.sync()
     if conversion.policy is None:
         _write_index(plan, staging)

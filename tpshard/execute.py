@@ -153,7 +153,7 @@ class _Run:
                     continue
                 for slab in known.of(transfer, tensor.whole is not None):
                     small.add(tensor, slab)
-                self._done(part, tensor)
+                self._done(tensor)
             if small.steps:
                 part.open += 1
                 yield iter([small])
@@ -166,7 +166,7 @@ class _Run:
             batch.add(tensor, slab)
             part.open += 1
             yield batch
-        self._done(part, tensor)
+        self._done(tensor)
         self._end(part)
 
     def _begin(self, outputs: Sequence[Output]) -> tuple[Part, Iterator[Targets]]:
@@ -213,7 +213,7 @@ class _Run:
             self._deliver(sink, contacts, buffer, rooms)
         with self._turns:
             for step in batch.steps:
-                self._done(batch.part, step.tensor)
+                self._done(step.tensor)
             self._dealer.done(batch)
             self._end(batch.part)
             self._progress(batch.size)
@@ -264,7 +264,7 @@ class _Run:
 
     # ------------------------------------------------------------------------------------------ ending
 
-    def _done(self, part: Part, tensor: Tensor) -> None:
+    def _done(self, tensor: Tensor) -> None:
         """One slab of it, or its dealing."""
         tensor.open -= 1
         if tensor.open:

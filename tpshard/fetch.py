@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tpshard.carrying import carry, written_beside
+from tpshard.carrying import carry_all
 from tpshard.checkpoint import Place, Stored
 from tpshard.conversion import Conversion, Done, Options, file_digest_of, manifest_of
 from tpshard.convert import plan_split
@@ -126,9 +125,7 @@ def run_fetch(fetch: Fetch, options: Options = Options()) -> Done:
     with staging:
         workers = options.threads_from(plan.source.folder)
         written = execute(plan, staging, algorithm, workers, options.progress)
-        carried = tuple(carry(plan.source, name, staging, algorithm) for name in plan.source.carried)
-        beside: Mapping[str, bytes] = fetch.whole.beside
-        carried += tuple(written_beside(name, content, staging, algorithm) for name, content in beside.items())
+        carried = carry_all(plan.source, fetch.whole.beside, staging, algorithm)
         copied = time.monotonic()
         staging.sync()
         manifest = manifest_of(fetch.whole, _as_one_of_all(fetch, written), carried, algorithm)

@@ -6,7 +6,6 @@ Keras writes every variable as one contiguous run; other kinds of HDF5 storage a
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 from tpshard.errors import InputError, UsageError, printable
 from tpshard.header import MAX_DIMENSIONS, MAX_TENSORS, Entry, byte_count
 from tpshard.layout import Shape
+from tpshard.windows import Window
 
 _DTYPES = {
     "<f8": "F64", "<f4": "F32", "<f2": "F16", "<i8": "I64", "<i4": "I32", "<i2": "I16", "|i1": "I8",
@@ -42,7 +42,7 @@ def _opened(path: Path, offset: int, size: int) -> Iterator[Any]:
         hint = "pip install 'tpshard[keras]'"
         raise UsageError(f"{path}: is HDF5, and h5py is not installed", hint=hint) from None
     try:
-        with path.open("rb") as file, h5py.File(_Section(file, offset, size), "r") as opened:
+        with path.open("rb") as file, h5py.File(_section(file, offset, size), "r") as opened:
             yield opened
     except FileNotFoundError:
         raise InputError(f"{path}: is not there") from None
@@ -106,30 +106,13 @@ def _entry(path: Path, key: str, dataset: Any, offset: int) -> Entry | None:
     return Entry(dtype, shape, offset + (begin or 0) if size else 0, size)
 
 
-class _Section(io.RawIOBase):
+def _section(file: io.BufferedReader, offset: int, size: int) -> Window:
     """Some bytes of a file, as a file."""
 
-    def __init__(self, file: io.BufferedReader, offset: int, size: int) -> None:
-        super().__init__()
-        self._file, self._offset, self._size, self._at = file, offset, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        room = memoryview(buffer).cast("B")
-        self._file.seek(self._offset + self._at)
-        data = self._file.read(max(0, min(len(room), self._size - self._at)))
+    def fill(at: int, room: memoryview) -> int:
+        file.seek(offset + at)
+        data = file.read(len(room))
         room[: len(data)] = data
-        self._at += len(data)
         return len(data)
+
+    return Window(size, fill)

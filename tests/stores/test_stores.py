@@ -65,7 +65,7 @@ def test_a_failure_after_the_first_files_takes_them_back(
         assert any(name.startswith("rank-") for name in contents(f"{root}/shards"))
         raise InputError("config.json cannot be read")
 
-    monkeypatch.setattr("tpshard.conversion.carry", cannot)
+    monkeypatch.setattr("tpshard.carrying.carry", cannot)
     with pytest.raises(InputError):
         api.split(model, f"{root}/shards", tp=3, policy=policy)
     assert contents(f"{root}/shards") == {}

@@ -21,6 +21,7 @@ from typing import IO, Any
 from tpshard.errors import StorageError, UsageError, printable
 from tpshard.stores.failures import store_errors
 from tpshard.stores.store import SCHEMES, Known, Store, store_of
+from tpshard.windows import Window
 
 AHEAD = 2**18  # bytes of a file that are asked for at least: most headers are smaller
 AT_ONCE = 8 * 2**20  # bytes of a file that is read to its end
@@ -188,7 +189,7 @@ class StorePath(PosixPath):
     def open(self, mode: str = "r", buffering: int = -1, *_: Any, **__: Any) -> IO[Any]:  # type: ignore[override]
         if mode != "rb":
             raise UsageError(f"{self}: is in a store, and cannot be opened to write", hint="give a local file")
-        raw = _Object(self, self._require().size)
+        raw = Window(self._require().size, self._filled)
         return io.BufferedReader(raw, AHEAD if buffering else AT_ONCE)
 
     def read_bytes(self) -> bytes:
@@ -196,30 +197,6 @@ class StorePath(PosixPath):
         self.fill(0, memoryview(data))
         return bytes(data)
 
-
-class _Object(io.RawIOBase):
-    """An object as a file that is read."""
-
-    def __init__(self, path: StorePath, size: int) -> None:
-        self._path, self._size, self._at = path, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        room = memoryview(buffer).cast("B")
-        count = max(0, min(len(room), self._size - self._at))
-        if count:
-            self._path.fill(self._at, room[:count])
-        self._at += count
-        return count
+    def _filled(self, offset: int, room: memoryview) -> int:
+        self.fill(offset, room)
+        return len(room)
